@@ -1,0 +1,500 @@
+// One point's work: gather, splat and their fused adjoints, each adjoint right below its primal.
+// Equation numbers: Zhiwei Xu, "Notes: CUDA Implementation of Differentiable Image Warping" (2021).
+#pragma once
+
+#include <type_traits>
+
+#include "stencil.h"
+
+namespace jaxwarp {
+
+// Extents and element strides of one batch element. Axes in coordinate order: x, y(, z).
+template <class IndexT>
+struct Shape {
+  using Index = IndexT;
+  Index size[3];          // extent of the image
+  Index stride[3];        // image: elements between neighbours
+  Index plane_stride[3];  // the same for a plane, an image without channels
+  Index channels;
+  Index channel_stride;  // image: elements between channels
+  Index points;
+  Index point_stride;          // values: elements between points
+  Index point_channel_stride;  // values: elements between channels
+  Index grid[3];               // extent of the flow field; displacement i starts at its pixel i
+};
+
+template <int V>
+using Width = std::integral_constant<int, V>;
+
+// Which channels one caller works on: packs of V from `first`, every `step`. The last pack may be
+// shorter, unless the caller knows that the channels divide into whole packs.
+template <class Index, bool kWholePacks = false>
+struct Channels {
+  Index first, step, count;
+  bool contiguous;
+
+  template <int V, class Body>
+  JAXWARP_HD void for_packs(Body body) const {
+    Index c = first;
+    if constexpr (V > 1 && !kWholePacks) {
+      if (!contiguous) {
+        for (; c < count; ++c) body(c, Width<1>{});
+        return;
+      }
+    }
+    for (; c + V <= count; c += step) body(c, Width<V>{});
+    if constexpr (V > 1 && !kWholePacks) {
+      static_assert(V <= 4);
+      const Index rest = count - c;
+      if (rest == 1) body(c, Width<1>{});
+      if constexpr (V > 2) {
+        if (rest == 2) body(c, Width<2>{});
+      }
+      if constexpr (V > 3) {
+        if (rest == 3) body(c, Width<3>{});
+      }
+    }
+  }
+};
+
+// On a device one aligned access; on the host no alignment is promised.
+template <int V, class T>
+JAXWARP_HD void load(const T* source, Accumulator<T> (&v)[V]) {
+#if defined(JAXWARP_DEVICE_ARCH)
+  const Pack<T, V> pack = *aligned(reinterpret_cast<const Pack<T, V>*>(source));
+  JAXWARP_UNROLL for (int i = 0; i < V; ++i) v[i] = widen(pack.value[i]);
+#else
+  JAXWARP_UNROLL for (int i = 0; i < V; ++i) v[i] = widen(source[i]);
+#endif
+}
+
+template <int V, class T>
+JAXWARP_HD void store(T* target, const Accumulator<T> (&v)[V]) {
+#if defined(JAXWARP_DEVICE_ARCH)
+  Pack<T, V> pack;
+  JAXWARP_UNROLL for (int i = 0; i < V; ++i) pack.value[i] = narrow<T>(v[i]);
+  *aligned(reinterpret_cast<Pack<T, V>*>(target)) = pack;
+#else
+  JAXWARP_UNROLL for (int i = 0; i < V; ++i) target[i] = narrow<T>(v[i]);
+#endif
+}
+
+// A cotangent with one entry per point. Where several batch elements share the primal, it is their
+// sum, kept in the accumulator's dtype: one caller owns the point and visits the batch elements in
+// order.
+template <class T>
+struct PointCotangent {
+  void* data;
+  bool summed;
+
+  template <int V, class Index>
+  JAXWARP_HD void emit(Index i, const Accumulator<T> (&v)[V]) const {
+    if (summed) {
+      Accumulator<T>* sum = static_cast<Accumulator<T>*>(data) + i;
+      JAXWARP_UNROLL for (int j = 0; j < V; ++j) sum[j] += v[j];
+    } else {
+      store<V>(static_cast<T*>(data) + i, v);
+    }
+  }
+};
+
+// The rows (planes, in 3-D) of the image that a caller may write.
+template <class Index>
+struct Rows {
+  Index begin, end;
+  JAXWARP_HD bool contain(Index row) const { return row >= begin && row < end; }
+};
+struct AllRows {
+  template <class Index>
+  JAXWARP_HD bool contain(Index) const {
+    return true;
+  }
+};
+
+// What a splat does with what reaches one target; kAverage is (5), and so is kSoftmax, with the
+// importance w_ij = exp(logit_i - m_j), where m_j is the peak: the largest logit of the sources
+// that reach target j.
+enum class Reduce { kSum, kAverage, kSoftmax };
+
+// w_ij. The limits are such that a logit of -inf weighs nothing and one of +inf hides all others.
+template <class A>
+JAXWARP_HD A softmax_weight(A logit, A peak) {
+  if (logit == peak) return logit < 0 && logit - logit != 0 ? A(0) : A(1);
+  const A exponent = logit - peak;
+  return std::exp(exponent > 0 ? A(0) : exponent);
+}
+
+// The importance of one source: w_i, or, where the peak is given, the logit of w_ij.
+template <class A>
+struct Importance {
+  A value;
+  const A* peak;
+
+  template <class Index>
+  JAXWARP_HD A at(Index j) const {
+    return peak == nullptr ? value : softmax_weight(value, peak[j]);
+  }
+};
+
+// The corners of one position as places in the image and weights.
+template <class S>
+struct Corners {
+  using Index = typename S::Index;
+  using A = typename S::Real;
+  Index offset[S::kCorners];  // -1: outside
+  A weight[S::kCorners];
+  bool plain;  // all inside, no weight zero or nearly so: the loops need no test
+
+  JAXWARP_HD Corners(const S& at, const Index* stride, const typename S::AxisWeights& w) {
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { weight[k] = S::weight(k, w); });
+    plain = at.interior;
+    JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) {
+      JAXWARP_UNROLL for (int tap = 0; tap < S::kAxisTaps; ++tap) {
+        plain = plain && w[a][tap] * w[a][tap] > A(1e-24);  // no product of three underflows
+      }
+    }
+    Index corner = 0;
+    if (at.interior) {
+      JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) corner += at.first[a] * stride[a];
+    }
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+      offset[k] = corner;
+      JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) offset[k] += S::tap(k, a) * stride[a];
+      if (!at.interior) offset[k] = at.offset(k, stride);
+    });
+  }
+
+  JAXWARP_HD bool any_inside() const {
+    bool any = plain;
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { any = any || offset[k] >= 0; });
+    return any;
+  }
+};
+
+// Runs body(std::true_type) where a fast loop without tests will do, else body(std::false_type).
+template <class Body>
+JAXWARP_HD void choose(bool plain, Body body) {
+  if (plain) {
+    body(std::true_type{});
+  } else {
+    body(std::false_type{});
+  }
+}
+
+// What gather gives where no corner lies inside: the fill value times the sum of the weights, which
+// is 1 or, once differentiated, 0.
+template <class A>
+JAXWARP_HD A value_outside(const Sampling& sampling, Place place, bool differentiated,
+                           bool any_weight) {
+  const A nan = std::numeric_limits<A>::quiet_NaN();
+  const A fill = static_cast<A>(sampling.fill);
+  if (place == Place::kNan) return nan;
+  if (place == Place::kInfinite) {
+    if (sampling.boundary != Boundary::kConstant) return nan;
+    return differentiated ? A(0) : fill;
+  }
+  if (!differentiated) return fill;
+  return any_weight ? fill * A(0) : A(0);
+}
+
+template <int D>
+JAXWARP_HD bool differentiated(const Sampling& sampling) {
+  bool any = false;
+  JAXWARP_UNROLL for (int a = 0; a < D; ++a) any = any || sampling.order[a] > 0;
+  return any;
+}
+
+// ct_points += sum_k pull_k dg(p, k)/dp
+template <class S, class A>
+JAXWARP_HD void add_slopes(const typename S::AxisWeights& w, const typename S::AxisWeights& dw,
+                           const A (&pull)[S::kCorners], A (&ct_points)[S::kDims]) {
+  JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) {
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+      const A slope = S::weight(k, w, dw, a);
+      if (slope != 0) ct_points[a] += slope * pull[k];
+    });
+  }
+}
+
+// (1)  out = sum_j g(p, j) I(j), with g differentiated sampling.order times; where the importance
+// has a peak, out = sum_j w_j g(p, j) I(j).
+template <int V, class S, class T, class Ch, class Index = typename S::Index>
+JAXWARP_HD void gather_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,
+                             const T* image, const Importance<Accumulator<T>>& importance, T* out,
+                             const Ch& channels) {
+  using A = Accumulator<T>;
+  typename S::AxisWeights w;
+  at.weights(sampling, w);
+  Corners<S> corner(at, shape.stride, w);
+  if (importance.peak != nullptr) {
+    corner.plain = false;
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+      if (corner.offset[k] >= 0) {
+        corner.weight[k] *= importance.at(at.offset(k, shape.plane_stride));
+      }
+    });
+  }
+  choose(corner.plain, [&](auto plain) JAXWARP_INLINE {
+    const bool beyond = !plain && !corner.any_inside();
+    A fill = static_cast<A>(sampling.fill);
+    if (beyond) {
+      bool any_weight = false;
+      for_corners<S::kCorners>(
+          [&](int k) JAXWARP_INLINE { any_weight = any_weight || corner.weight[k] != 0; });
+      fill = value_outside<A>(sampling, at.place, differentiated<S::kDims>(sampling), any_weight);
+    }
+    channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
+      constexpr int N = decltype(width)::value;
+      A sum[N], v[N];
+      JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] = beyond ? fill : A(0);
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        if (!plain && (beyond || corner.weight[k] == 0)) return;
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = fill;
+        if (plain || corner.offset[k] >= 0) {
+          load<N>(image + corner.offset[k] + c * shape.channel_stride, v);
+        }
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] += corner.weight[k] * v[i];
+      });
+      store<N>(out + c * shape.point_channel_stride, sum);
+    });
+  });
+}
+
+// (2)  ct_points = sum_j (I(j) . ct_out) dg(p, j)/dp  is added to `ct_points`;
+//      ct_image(j) += g(p, j) ct_out  for the corners in `rows`, unless ct_image is null.
+template <int V, class S, class T, class RowsT, class Ch, class Index = typename S::Index>
+JAXWARP_HD void gather_vjp_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,
+                                 const T* image, const T* ct_out, Accumulator<T>* ct_image,
+                                 const RowsT& rows, Accumulator<T> (&ct_points)[S::kDims],
+                                 const Ch& channels) {
+  using A = Accumulator<T>;
+  constexpr int D = S::kDims;
+  typename S::AxisWeights w, dw;
+  at.weights(sampling, w);
+  at.slopes(sampling, dw);
+  const Corners<S> corner(at, shape.stride, w);
+  choose(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
+    if (!plain && !corner.any_inside()) {
+      if (channels.count == 0) return;  // an empty sum is 0, even of NaN
+      JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
+        bool any_weight = false;
+        for_corners<S::kCorners>(
+            [&](int k) JAXWARP_INLINE { any_weight = any_weight || S::weight(k, w, dw, a) != 0; });
+        ct_points[a] += value_outside<A>(sampling, at.place, true, any_weight);
+      }
+      return;
+    }
+    A dot[S::kCorners];  // I(j) . ct_out
+    bool adds[S::kCorners];
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+      dot[k] = 0;
+      adds[k] = ct_image != nullptr && (plain || (corner.weight[k] != 0 && corner.offset[k] >= 0 &&
+                                                  rows.contain(at.index(k, D - 1))));
+    });
+    channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
+      constexpr int N = decltype(width)::value;
+      A ct[N], v[N];
+      load<N>(ct_out + c * shape.point_channel_stride, ct);
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        const Index place = corner.offset[k] + c * shape.channel_stride;
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = static_cast<A>(sampling.fill);
+        if (plain || corner.offset[k] >= 0) load<N>(image + place, v);
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) dot[k] += v[i] * ct[i];
+        if (plain ? ct_image == nullptr : !adds[k]) return;
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = corner.weight[k] * ct[i];
+        add_to<N>(ct_image + place, v);
+      });
+    });
+    add_slopes<S>(w, dw, dot, ct_points);
+  });
+}
+
+// m_j:  peak(j) = max(peak(j), logit)  for the corners in `rows` that have a weight.
+template <class S, class A, class RowsT, class Index = typename S::Index>
+JAXWARP_HD void peak_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,
+                           A logit, A* peak, const RowsT& rows) {
+  typename S::AxisWeights w;
+  at.weights(sampling, w);
+  const Corners<S> corner(at, shape.plane_stride, w);
+  for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+    if (corner.weight[k] != 0 && corner.offset[k] >= 0 && rows.contain(at.index(k, S::kDims - 1))) {
+      max_to(peak + corner.offset[k], logit);
+    }
+  });
+}
+
+// (5), before the division:  image(j) += w g(p, j) f,  coverage(j) += g(p, j),
+// weight(j) += w g(p, j),  for the corners in `rows`. The planes may be null.
+template <int V, class S, class T, class RowsT, class Ch, class Index = typename S::Index>
+JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,
+                            const T* values, const Importance<Accumulator<T>>& importance,
+                            Accumulator<T>* image, Accumulator<T>* coverage, Accumulator<T>* weight,
+                            const RowsT& rows, const Ch& channels) {
+  using A = Accumulator<T>;
+  constexpr int D = S::kDims;
+  typename S::AxisWeights w;
+  at.weights(sampling, w);
+  const Corners<S> corner(at, shape.stride, w);
+  choose(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
+    A scale[S::kCorners];
+    bool writes[S::kCorners];
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+      scale[k] = importance.value * corner.weight[k];
+      writes[k] = plain || (corner.weight[k] != 0 && corner.offset[k] >= 0 &&
+                            rows.contain(at.index(k, D - 1)));
+      if (importance.peak != nullptr && writes[k]) {
+        scale[k] = importance.at(at.offset(k, shape.plane_stride)) * corner.weight[k];
+      }
+    });
+    channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
+      constexpr int N = decltype(width)::value;
+      A f[N], v[N];
+      load<N>(values + c * shape.point_channel_stride, f);
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        if ((!plain && !writes[k]) || scale[k] == 0) return;
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = scale[k] * f[i];
+        add_to<N>(image + corner.offset[k] + c * shape.channel_stride, v);
+      });
+    });
+    if (coverage == nullptr || channels.first != 0) return;
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+      if (!plain && !writes[k]) return;
+      const Index j = at.offset(k, shape.plane_stride);
+      const A g[1] = {corner.weight[k]}, wg[1] = {scale[k]};
+      add_to<1>(coverage + j, g);
+      if (weight != nullptr) add_to<1>(weight + j, wg);
+    });
+  });
+}
+
+// A target with no more than min_coverage, or without weight, holds the fill value: it passes no
+// gradient.
+template <class A>
+JAXWARP_HD bool is_hole(A coverage, A weight, A min_coverage) {
+  return coverage <= min_coverage || weight == 0;
+}
+
+// (5), the division: image(j) = N(j) / D(j), or the fill value in a hole.
+template <int V, class A, class Index, class Ch>
+JAXWARP_HD void normalise_pixel(const Shape<Index>& shape, A* image, A coverage, A weight,
+                                A min_coverage, A fill, const Ch& channels) {
+  const bool hole = is_hole(coverage, weight, min_coverage);
+  channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
+    constexpr int N = decltype(width)::value;
+    A v[N];
+    load<N>(image + c * shape.channel_stride, v);
+    JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = hole ? fill : v[i] / weight;
+    store<N>(image + c * shape.channel_stride, v);
+  });
+}
+
+// What the adjoint of a splat reads besides the point itself; one batch element. Null: absent.
+template <class T>
+struct SplatResidual {
+  using A = Accumulator<T>;
+  const T* ct_image;
+  const A* image;  // out(j) of (5), unrounded; null for a sum
+  const A* coverage;
+  const A* weight;  // null: the coverage is the weight
+  const A* peak;    // null: no softmax
+  const A* ct_coverage;
+  A min_coverage;
+};
+
+// (6)  ct_values = sum_j w g(p, j) ct(j) / D(j);
+//      ct_points = sum_j ct(j) . (f - out(j)) w / D(j) dg(p, j)/dp;
+//      ct_importance = sum_j ct(j) . (f - out(j)) g(p, j) / D(j), for softmax, where it is that of
+//      the logit, times w.  For a sum, out = 0 and D = 1.
+// A cotangent of the coverage adds ct_coverage(j) dg(p, j)/dp. The last two are added to.
+template <int V, Reduce R, class S, class T, class Ch, class Index = typename S::Index>
+JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,
+                                const T* values, Accumulator<T> importance,
+                                const SplatResidual<T>& residual,
+                                const PointCotangent<T>& ct_values, Index value_offset,
+                                Accumulator<T> (&ct_points)[S::kDims],
+                                Accumulator<T>& ct_importance, const Ch& channels) {
+  using A = Accumulator<T>;
+  constexpr bool kDivides = R != Reduce::kSum;
+  typename S::AxisWeights w, dw;
+  at.weights(sampling, w);
+  at.slopes(sampling, dw);
+  const Corners<S> corner(at, shape.stride, w);
+
+  A dot[S::kCorners];                                  // ct(j) . (f - out(j))
+  A divisor[S::kCorners];                              // D(j)
+  A share[S::kCorners];                                // w g(p, j) / D(j)
+  A softmax[R == Reduce::kSoftmax ? S::kCorners : 1];  // w, where it differs from j to j
+  bool reads[S::kCorners];
+  bool plain = corner.plain;
+  const auto weight = [&](int k) JAXWARP_INLINE {
+    if constexpr (R == Reduce::kSoftmax) {
+      return softmax[k];
+    } else {
+      return importance;
+    }
+  };
+  for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+    dot[k] = 0;
+    divisor[k] = 1;
+    reads[k] = corner.offset[k] >= 0;
+    if constexpr (R == Reduce::kSoftmax) softmax[k] = 0;
+    if (kDivides && reads[k]) {
+      const Index j = at.offset(k, shape.plane_stride);
+      const A coverage = residual.coverage[j];
+      divisor[k] = residual.weight != nullptr ? residual.weight[j] : coverage;
+      reads[k] = !is_hole(coverage, divisor[k], residual.min_coverage);
+      if constexpr (R == Reduce::kSoftmax)
+        softmax[k] = softmax_weight(importance, residual.peak[j]);
+    }
+    share[k] = reads[k] ? weight(k) * corner.weight[k] / divisor[k] : A(0);
+    plain = plain && share[k] != 0;
+  });
+  choose(plain, [&](auto plain) JAXWARP_INLINE {
+    channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
+      constexpr int N = decltype(width)::value;
+      A f[N], ct[N], out[N], ct_f[N];
+      load<N>(values + c * shape.point_channel_stride, f);
+      JAXWARP_UNROLL for (int i = 0; i < N; ++i) ct_f[i] = out[i] = 0;
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        if (!plain && !reads[k]) return;
+        const Index place = corner.offset[k] + c * shape.channel_stride;
+        load<N>(residual.ct_image + place, ct);
+        if constexpr (kDivides) load<N>(residual.image + place, out);
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) dot[k] += ct[i] * (f[i] - out[i]);
+        if (!plain && share[k] == 0) return;
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) ct_f[i] += share[k] * ct[i];
+      });
+      if (ct_values.data != nullptr) {
+        ct_values.template emit<N>(value_offset + c * shape.point_channel_stride, ct_f);
+      }
+    });
+  });
+
+  A pull[S::kCorners];
+  for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+    pull[k] = 0;
+    if (!reads[k]) return;
+    const A per_weight = dot[k] / divisor[k];
+    if (weight(k) != 0) pull[k] = weight(k) * per_weight;
+    if (corner.weight[k] == 0) return;
+    ct_importance += (R == Reduce::kSoftmax ? pull[k] : per_weight) * corner.weight[k];
+  });
+  if (residual.ct_coverage != nullptr && channels.first == 0) {
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+      if (corner.offset[k] >= 0) pull[k] += residual.ct_coverage[at.offset(k, shape.plane_stride)];
+    });
+  }
+  add_slopes<S>(w, dw, pull, ct_points);
+}
+
+// The position of point n: its coordinates, or its flow, added to `pixel` of the flow field (0 for
+// coordinates).
+template <int D, class Real, class Stored, class Index>
+JAXWARP_HD void read_position(const Stored* points, Index n, const Index (&pixel)[D],
+                              Real (&p)[D]) {
+  JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
+    p[a] = static_cast<Real>(pixel[a]) + static_cast<Real>(widen(points[n * D + a]));
+  }
+}
+
+}  // namespace jaxwarp
