@@ -1,0 +1,28 @@
+"""Differentiable image warping for JAX, in hand-written C++ and CUDA kernels."""
+
+from importlib.metadata import version as _version
+
+from jaxwarp import flow, halo, reference
+from jaxwarp._ffi import export_checks
+from jaxwarp._grid_sample import grid_sample, to_normalized, to_pixels
+from jaxwarp._ops import backward_warp, forward_warp, gather, pixel_grid, splat
+
+__all__ = [
+    "backward_warp",
+    "export_checks",
+    "flow",
+    "forward_warp",
+    "gather",
+    "grid_sample",
+    "halo",
+    "pixel_grid",
+    "reference",
+    "splat",
+    "to_normalized",
+    "to_pixels",
+]
+__version__ = _version("jaxwarp")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

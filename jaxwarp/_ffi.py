@@ -1,0 +1,110 @@
+"""Registers the kernels of both platforms with JAX, and calls them.
+
+The only file that imports the compiled modules _cpu and _cuda.
+"""
+
+import importlib.metadata
+import re
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+from jax.export import DisabledSafetyCheck
+
+try:
+    import jaxwarp._cpu as _cpu
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"jaxwarp: expected the compiled module _cpu, found only Python sources in "
+        f"{Path(__file__).parent}; install jaxwarp and import it from outside its source folder, "
+        "or run `make dev` in it"
+    ) from error
+
+try:
+    import jaxwarp._cuda as _cuda
+except ModuleNotFoundError:  # built without CUDA
+    _cuda = None
+
+
+def _runtime_api_version() -> tuple[int, ...]:
+    """XLA FFI API version (major, minor) of the running jaxlib: that of the headers it carries."""
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    return tuple(map(int, re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header)))
+
+
+def _register(modules: dict[str, ModuleType]) -> None:
+    """Registers each platform's handlers, or none of them if this jaxlib would refuse one.
+
+    XLA looks at a handler's API version only when a backend starts, and a refused handler takes
+    the whole backend down with it. So the same comparison is made here, before registering.
+    """
+    runtime = _runtime_api_version()
+    for module in modules.values():
+        if module.ffi_api_version > runtime:
+            built, running = (".".join(map(str, v)) for v in (module.ffi_api_version, runtime))
+            raise ImportError(
+                f"jaxwarp: expected a jaxlib with XLA FFI API {built} or later, got jaxlib "
+                f"{importlib.metadata.version('jaxlib')} with {running}; upgrade jax, or reinstall "
+                "jaxwarp with pip's build isolation, which builds for the oldest supported jaxlib"
+            )
+    for platform, module in modules.items():
+        for name, handler in module.registrations().items():
+            jax.ffi.register_ffi_target(name, handler, platform=platform)
+
+
+_register({"cpu": _cpu} if _cuda is None else {"cpu": _cpu, "CUDA": _cuda})
+
+
+def export_checks() -> list[DisabledSafetyCheck]:
+    """What `jax.export` must be told to let a program with these kernels pass.
+
+    Returns:
+      For ``disabled_checks`` of `jax.export.export`: the kernels' names and their signatures stay,
+      so that a program exported by this version runs with later ones.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxwarp
+      >>> image, flow = jnp.ones((4, 5, 3)), jnp.zeros((4, 5, 2))
+      >>> program = jax.jit(jaxwarp.backward_warp)
+      >>> checks = jaxwarp.export_checks()
+      >>> exported = jax.export.export(program, disabled_checks=checks)(image, flow)
+      >>> exported.out_avals
+      (ShapedArray(float32[4,5,3]),)
+    """
+    return [DisabledSafetyCheck.custom_call(name) for name in _cpu.registrations()]
+
+
+def call(
+    target: str,
+    inputs: dict[str, jax.Array],
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    *,
+    method: str,
+    boundary: str,
+    fill_value: float,
+    derivative: tuple[int, ...],
+    displacement: bool,
+    deterministic: bool,
+    channels_first: bool,
+    cubic_a: float,
+    reduce: str = "sum",
+    min_coverage: float = 0.0,
+) -> dict[str, jax.Array]:
+    """Calls a kernel. Operands are matched by name: see the signatures in src/geometry.h."""
+    results = jax.ffi.ffi_call(target, list(outputs.values()))(
+        *inputs.values(),
+        inputs=" ".join(inputs),
+        outputs=" ".join(outputs),
+        method=method,
+        boundary=boundary,
+        fill_value=np.float64(fill_value),
+        derivative=np.asarray(derivative, np.int64),
+        displacement=displacement,
+        deterministic=deterministic,
+        channels_first=channels_first,
+        cubic_a=np.float64(cubic_a),
+        reduce=reduce,
+        min_coverage=np.float64(min_coverage),
+    )
+    return dict(zip(outputs, results, strict=True))

@@ -1,0 +1,868 @@
+"""One family of primitives, closed under differentiation.
+
+The only file that knows jax.interpreters.
+
+    gather_p   image, points[, importance, peak] -> values             (1)
+    splat_p    values, points[, importance[, peak]] -> image[, coverage ...]   (5)
+    *_vjp_p    the fused adjoint of each, (2) and (6): one kernel for all cotangents asked for
+    *_tangent_p  the linear map of jvp; its transpose is the fused adjoint
+
+Every operand has the same number of leading batch axes, each of the common size or of size 1, which
+broadcasts without a copy; vmap adds such an axis. So vmap is done before differentiation, and the
+cotangent of an operand that a batch shares is one buffer, summed inside the kernel.
+
+d/dp_a of a gather or a plain splat is the same operation with derivative order a raised by one, so
+derivatives of any order stay within the family. For softmax both take a weight, exp(importance -
+peak), of which the peak is a constant and the derivative in the importance is the weight itself.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
+
+from jaxwarp import _ffi, _sharding
+from jaxwarp._sharding import BATCH, CHANNEL, COORDINATE, GRID, SPATIAL, Labels, Shard
+
+# Dicts of operands and results are in the order of their names, as jax orders a dict.
+Shape = tuple[int, ...]
+Operands = dict[str, Any]  # name -> array or shape and dtype
+Wants = tuple[tuple[str, Shape], ...]  # operand -> batch axes of its cotangent
+
+
+class Sampling(NamedTuple):
+    """How a position becomes corners and weights. Static, hashable."""
+
+    method: str
+    boundary: str
+    fill_value: float
+    derivative: Shape  # order along x, y[, z]
+    displacement: bool  # points are a flow field: position = pixel + flow
+    deterministic: bool  # the same bits in every run, on a GPU too
+    channels_first: bool = False  # images (C, *shape) and values (C, N)
+    cubic_a: float = -0.5  # the parameter of Keys' cubic kernel
+
+    def raised(self, axis: int) -> "Sampling":
+        order = tuple(k + (a == axis) for a, k in enumerate(self.derivative))
+        return self._replace(derivative=order)
+
+    def channel_axis(self, rank: int) -> int:
+        """Of an image or of values with `rank` axes behind the batch axes."""
+        return -rank if self.channels_first else -1
+
+    def with_channels(self, extent: Shape, channels: int, rank: int) -> Shape:
+        """The shape of an image or of values: `extent` with batch axes, and the channels."""
+        at = len(extent) + 1 + self.channel_axis(rank)
+        return (*extent[:at], channels, *extent[at:])
+
+    def linear(self) -> "Sampling":
+        """The part that is linear in the image."""
+        return self._replace(fill_value=0.0)
+
+
+class Reduction(NamedTuple):
+    """How a splat combines what reaches one target. Static, hashable."""
+
+    reduce: str  # "sum", "average" or "softmax"
+    min_coverage: float
+    coverage: bool  # is the coverage a result?
+
+    @property
+    def needs_coverage(self) -> bool:
+        return self.coverage or self.divides
+
+    @property
+    def divides(self) -> bool:
+        return self.reduce != "sum"
+
+
+PLAIN = Reduction("sum", 0.0, False)
+
+
+def accumulator(dtype: DTypeLike) -> np.dtype:
+    """The dtype in which sums of `dtype` are taken, and weights of points of `dtype`."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+# ---------------------------------------------------------------------------- shapes
+
+
+def _core(name: str, dims: int, sampling: Sampling) -> Labels:
+    """The axes of an operand behind its batch axes."""
+    kind = name.removeprefix("ct_").removeprefix("d_")
+    spatial = tuple(f"{SPATIAL}{a}" for a in range(dims))
+    grid = tuple(f"{GRID}{a}" for a in range(dims if sampling.displacement else 1))
+    if kind == "points":
+        return (*grid, COORDINATE)
+    if kind == "importance":
+        return grid
+    if kind in ("coverage", "weight", "peak"):
+        return spatial
+    extent = grid if kind == "values" else spatial
+    return (CHANNEL, *extent) if sampling.channels_first else (*extent, CHANNEL)
+
+
+def _split(operands: Operands, sampling: Sampling) -> dict[str, tuple[Shape, Shape]]:
+    """Batch axes and the axes behind them, of each operand."""
+    dims = operands["points"].shape[-1]
+    split = {}
+    for name, x in operands.items():
+        batch = len(x.shape) - len(_core(name, dims, sampling))
+        split[name] = (tuple(x.shape[:batch]), tuple(x.shape[batch:]))
+    return split
+
+
+def _labels(arrays: Operands, sampling: Sampling) -> dict[str, Labels]:
+    """The axes of operands and results, for `_sharding`."""
+    split = _split(arrays, sampling)
+    common = jnp.broadcast_shapes(*(batch for batch, _ in split.values()))
+    dims = arrays["points"].shape[-1]
+    return {
+        name: tuple(f"{BATCH}{i}" if n == common[i] != 1 else None for i, n in enumerate(batch))
+        + _core(name, dims, sampling)
+        for name, (batch, _) in split.items()
+    }
+
+
+def _gather_outputs(operands: Operands, sampling: Sampling, **_: Any) -> Operands:
+    split = _split(operands, sampling)
+    batch = jnp.broadcast_shapes(*(b for b, _ in split.values()))
+    image, grid = split["image"][1], split["points"][1][:-1]
+    channels = image[sampling.channel_axis(len(image))]
+    shape = sampling.with_channels((*batch, *grid), channels, len(grid) + 1)
+    return {"values": jax.ShapeDtypeStruct(shape, operands["image"].dtype)}
+
+
+def _splat_outputs(
+    operands: Operands, sampling: Sampling, shape: Shape, reduction: Reduction, **_: Any
+) -> Operands:
+    dtype = operands["values"].dtype
+    exact = accumulator(dtype)
+    image = _image_shape(operands, sampling, shape)
+    outputs = {}
+    if reduction.needs_coverage:
+        outputs["coverage"] = jax.ShapeDtypeStruct(shape, exact)
+    if reduction.divides and dtype != exact:
+        outputs["exact"] = jax.ShapeDtypeStruct(image, exact)  # (6) uses the unrounded result
+    outputs["image"] = jax.ShapeDtypeStruct(image, dtype)
+    if reduction.reduce == "softmax":
+        outputs["peak"] = jax.ShapeDtypeStruct(shape, exact)
+    if reduction.divides and "importance" in operands:
+        outputs["weight"] = jax.ShapeDtypeStruct(shape, exact)
+    return outputs
+
+
+def _image_shape(operands: Operands, sampling: Sampling, shape: Shape) -> Shape:
+    """Of the image that a splat gives; `shape` is that of its planes."""
+    values = _split(operands, sampling)["values"][1]
+    channels = values[sampling.channel_axis(len(values))]
+    return sampling.with_channels(shape, channels, operands["points"].shape[-1] + 1)
+
+
+def _vjp_outputs(operands: Operands, sampling: Sampling, wants: Wants, **_: Any) -> Operands:
+    split = _split(operands, sampling)
+    return {
+        "ct_" + name: jax.ShapeDtypeStruct((*batch, *split[name][1]), operands[name].dtype)
+        for name, batch in sorted(wants)
+    }
+
+
+def _splat_tangent_outputs(operands: Operands, **params: Any) -> Operands:
+    outputs = _splat_outputs(operands, **params)
+    return {name: out for name, out in outputs.items() if name in ("image", "coverage")}
+
+
+def _fit_batch(x: Array, batch: Shape) -> Array:
+    """Sums over the batch axes that are 1 in `batch`, and repeats along those that are 1 in x."""
+    axes = tuple(i for i, n in enumerate(batch) if n == 1 != x.shape[i])
+    x = x.sum(axes, keepdims=True) if axes else x
+    return jnp.broadcast_to(x, (*batch, *x.shape[len(batch) :]))
+
+
+# ---------------------------------------------------------------------------- kernels
+
+
+def _run_kernel(
+    target: str,
+    operands: Operands,
+    outputs: Operands,
+    *,
+    sampling: Sampling,
+    reduction: Reduction = PLAIN,
+    **_: Any,
+) -> Operands:
+    """The kernel of a primitive, on every shard.
+
+    A kernel takes values of any dtype; positions, weights and sums have the dtype in which it
+    accumulates. So where only one of values and points is float64, the other is made so; and sums
+    come back unrounded, to be rounded once.
+    """
+    stored = next(operands[n].dtype for n in ("values", "ct_values", "image") if n in operands)
+    if np.float64 in (stored, operands["points"].dtype):
+        stored = np.dtype(np.float64)
+        operands = {name: x.astype(stored) for name, x in operands.items()}
+    dtypes = _kernel_dtypes(operands, outputs, sampling)
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, dtypes[name])
+        for name, x in outputs.items()
+        if name != "exact"
+    }
+
+    def kernel(operands: Operands, outputs: Operands, shard: Shard) -> Operands:
+        return _on_shard(target, operands, outputs, shard, sampling, reduction)
+
+    labels = _labels(operands | wanted, sampling)
+    results = _sharding.partitioned(kernel, operands, wanted, labels)
+    if "exact" in outputs:
+        results["exact"] = results["image"]
+    return {name: results[name].astype(out.dtype) for name, out in outputs.items()}
+
+
+def _kernel_dtypes(
+    operands: Operands, outputs: Operands, sampling: Sampling
+) -> dict[str, DTypeLike]:
+    """In which a kernel gives its results: those of one point as they are stored, sums exactly."""
+    stored = next(operands[n].dtype for n in ("values", "ct_values", "image") if n in operands)
+    split = _split(operands | outputs, sampling)
+    common = jnp.broadcast_shapes(*(batch for batch, _ in split.values()))
+    per_point = {
+        n for n in outputs if n == "values" or (n == "ct_values" and split[n][0] == common)
+    }
+    return {name: stored if name in per_point else accumulator(stored) for name in outputs}
+
+
+def _on_shard(
+    target: str,
+    operands: Operands,
+    outputs: Operands,
+    shard: Shard,
+    sampling: Sampling,
+    reduction: Reduction,
+) -> Operands:
+    """What one shard computes with its part of the operands, summed over the shards."""
+    points = operands["points"]
+    if sampling.displacement and shard.over(GRID):
+        # A flow starts at the pixel it belongs to, which is not the first one of this shard.
+        origin = jnp.stack(shard.origin("points", points.shape)[::-1])
+        exact = accumulator(points.dtype)
+        operands = operands | {"points": points.astype(exact) + origin.astype(exact)}
+    if "ct_coverage" in operands and shard.over(CHANNEL):  # one of these shards counts it
+        first = jax.lax.axis_index(shard.over(CHANNEL)) == 0
+        operands = operands | {"ct_coverage": jnp.where(first, operands["ct_coverage"], 0)}
+    if target == "jaxwarp_splat" and reduction.divides and shard.over(GRID):
+        return _splat_in_parts(operands, outputs, shard, sampling, reduction)
+    dtypes = _kernel_dtypes(operands, outputs, sampling)
+    results = _ffi.call(
+        target,
+        operands,
+        {name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in outputs.items()},
+        **sampling._asdict(),
+        reduce=reduction.reduce,
+        min_coverage=reduction.min_coverage,
+    )
+    return {n: shard.sum(n, x.astype(outputs[n].dtype)) for n, x in results.items()}
+
+
+def _splat_in_parts(
+    operands: Operands, outputs: Operands, shard: Shard, sampling: Sampling, reduction: Reduction
+) -> Operands:
+    """(5) where several shards reach one target: sums over the shards first, then the division."""
+    results = {}
+    if reduction.reduce == "softmax":
+        no_values = operands | {"values": operands["values"][..., :0]}
+        planes = outputs | {"image": jax.ShapeDtypeStruct((*outputs["peak"].shape, 0), np.float32)}
+        alone = Shard({}, shard.labels)
+        peak = _on_shard("jaxwarp_splat", no_values, planes, alone, sampling, reduction)["peak"]
+        results["peak"] = jax.lax.pmax(peak, shard.over(GRID))
+        operands = operands | {"peak": results["peak"]}
+
+    summed = {n: x for n, x in outputs.items() if n != "peak"}
+    alone = Shard({}, shard.labels)
+    sums = _on_shard("jaxwarp_splat", operands, summed, alone, sampling, PLAIN)
+    # One array, so that there is one reduction.
+    planes = {n: x[..., None] for n, x in sums.items() if n != "image"}
+    together = jnp.concatenate([sums["image"], *planes.values()], axis=-1)
+    together = jax.lax.psum(together, shard.over(GRID))
+    channels = sums["image"].shape[-1]
+    image = together[..., :channels]
+    results |= {n: together[..., channels + i] for i, n in enumerate(planes)}
+    coverage = results["coverage"]
+    divisor = results.get("weight", coverage)
+    hole = _holes(coverage, divisor, reduction)[..., None]
+    image = image / jnp.where(hole, 1, divisor[..., None])
+    results["image"] = jnp.where(hole, sampling.fill_value, image)
+    return {name: results[name].astype(x.dtype) for name, x in outputs.items()}
+
+
+# ---------------------------------------------------------------------------- primitives
+
+
+def _define(
+    name: str, outputs: Callable[..., Operands], compute: Callable[..., Operands]
+) -> Primitive:
+    """A primitive over named operands: what it returns, and how that is computed when compiled."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+
+    @lru_cache(maxsize=4096)
+    def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        return jax.jit(partial(primitive.bind, **dict(params)))
+
+    def evaluate(*arrays: Array, **params: Any) -> Any:
+        return compiled(tuple(params.items()))(*arrays)
+
+    def abstract(*avals: Any, names: tuple[str, ...], **params: Any) -> list[Any]:
+        operands = dict(zip(names, avals, strict=True))
+        results = outputs(operands, **params)
+        labels = _labels(operands | results, params["sampling"])
+        return _sharding.result_avals(operands, results, labels)
+
+    def lower(*arrays: Array, names: tuple[str, ...], **params: Any) -> list[Array]:
+        operands = dict(zip(names, arrays, strict=True))
+        results = outputs(operands, **params)
+        computed = compute(operands, results, **params)
+        return [computed[name] for name in results]
+
+    def batch(arrays: Any, axes: Any, **params: Any) -> Any:
+        size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None)
+        arrays = [
+            x[None] if a is None else jnp.moveaxis(x, a, 0)
+            for x, a in zip(arrays, axes, strict=True)
+        ]
+        if "shape" in params:
+            params["shape"] = (size, *params["shape"])
+        if "wants" in params:
+            params["wants"] = tuple((n, (size, *b)) for n, b in params["wants"])
+        results = primitive.bind(*arrays, **params)
+        return results, [0] * len(results)
+
+    _sharding.register(primitive)
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=True))
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+def _bind(
+    primitive: Primitive, outputs: Callable[..., Operands], operands: Operands, **params: Any
+) -> Operands:
+    operands = _sharding.same_varying(dict(sorted(operands.items())))
+    results = primitive.bind(*operands.values(), names=tuple(operands), **params)
+    return dict(zip(outputs(operands, **params), results, strict=True))
+
+
+def gather(
+    image: Array,
+    points: Array,
+    sampling: Sampling,
+    softmax: Operands | None = None,
+    *,
+    forward_mode: bool = True,
+) -> Array:
+    """(*B, *shape, C), (*B, *S, d) -> (*B, *S, C)
+
+    `softmax`: "importance" and "peak" of the weight exp(importance - peak), where there is one.
+    """
+    operands = {"image": image, "points": points, **(softmax or {})}
+    return _bind(gather_p, _gather_outputs, operands, sampling=sampling, forward_mode=forward_mode)[
+        "values"
+    ]
+
+
+def splat(
+    values: Array,
+    points: Array,
+    importance: Array | None,
+    shape: Shape,
+    sampling: Sampling,
+    reduction: Reduction = PLAIN,
+    softmax: Operands | None = None,
+    *,
+    forward_mode: bool = True,
+) -> Operands:
+    """(*B, *S, C), (*B, *S, d)[, (*B, *S)] -> image `shape` + (C,)[, coverage `shape` ...]
+
+    `shape` includes the batch axes; where one is 1 that others have longer, the result is a sum.
+    `softmax`: as in `gather`, for a plain sum.
+    """
+    operands = {"values": values, "points": points, **(softmax or {})}
+    if importance is not None:
+        operands["importance"] = importance
+    params = {"sampling": sampling, "shape": shape, "reduction": reduction}
+    return _bind(splat_p, _splat_outputs, operands, **params, forward_mode=forward_mode)
+
+
+# ---------------------------------------------------------------------------- compositions
+# What the fused primitives compute, in members of the family that can be differentiated again.
+
+
+def _softmax(operands: Operands) -> Operands:
+    """The operands of the weight exp(importance - peak), where there is one."""
+    return {n: operands[n] for n in ("importance", "peak") if "peak" in operands}
+
+
+def _over_channels(scalars: Array, sampling: Sampling) -> Array:
+    """What multiplies values (*B, *S, C), made of scalars (*B, *S)."""
+    axis = -2 if sampling.channels_first else -1  # channels-first, S is one axis
+    return jnp.expand_dims(scalars, axis)
+
+
+def _gather_tangent(
+    operands: Operands, outputs: Operands, *, sampling: Sampling, **_: Any
+) -> Operands:
+    image, points, softmax = operands["image"], operands["points"], _softmax(operands)
+    dtype = accumulator(image.dtype)
+    parts = []
+    if "d_points" in operands:
+        parts += [
+            gather(image.astype(dtype), points, sampling.raised(a), softmax)
+            * _over_channels(operands["d_points"][..., a], sampling).astype(dtype)
+            for a in range(points.shape[-1])
+        ]
+    if "d_image" in operands:
+        parts.append(gather(operands["d_image"].astype(dtype), points, sampling.linear(), softmax))
+    if "d_importance" in operands:
+        d_weight = _over_channels(operands["d_importance"], sampling)
+        parts.append(gather(image.astype(dtype), points, sampling, softmax) * d_weight)
+    return {"values": sum(parts[1:], parts[0]).astype(image.dtype)}
+
+
+def _gather_vjp(
+    operands: Operands, outputs: Operands, *, sampling: Sampling, wants: Wants
+) -> Operands:
+    image, points, ct_values = (operands[name] for name in ("image", "points", "ct_values"))
+    softmax = _softmax(operands)
+    results = {}
+    for name, batch in wants:
+        if name == "image":
+            core = _split(operands, sampling)["image"][1]
+            shape = (*batch, *(core[1:] if sampling.channels_first else core[:-1]))
+            ct = splat(ct_values, points, None, shape, sampling.linear(), softmax=softmax)["image"]
+        elif name == "points":
+            ct = _fit_batch(_points_vjp(image, points, ct_values, sampling, softmax), batch)
+        else:
+            ct = _fit_batch(_sampled_dot(image, points, ct_values, sampling, softmax), batch)
+        results["ct_" + name] = ct
+    return {name: results[name].astype(out.dtype) for name, out in outputs.items()}
+
+
+def _sampled_dot(
+    image: Array, points: Array, values: Array, sampling: Sampling, softmax: Operands
+) -> Array:
+    """sum_j (I(j) . values) g(p, j), (*B, *S)"""
+    dtype = accumulator(image.dtype)
+    sampled = gather(image.astype(dtype), points, sampling, softmax)
+    return (values.astype(dtype) * sampled).sum(-2 if sampling.channels_first else -1)
+
+
+def _points_vjp(
+    image: Array, points: Array, values: Array, sampling: Sampling, softmax: Operands
+) -> Array:
+    """sum_j (I(j) . values) dg(p, j)/dp, of (2)"""
+    axes = range(points.shape[-1])
+    dots = [_sampled_dot(image, points, values, sampling.raised(a), softmax) for a in axes]
+    return jnp.stack(dots, axis=-1)
+
+
+def _is_plain(operands: Operands, reduction: Reduction = PLAIN, **_: Any) -> bool:
+    """Is the operation, with its importance as it is, linear in the values or the image?"""
+    return reduction == PLAIN and ("importance" not in operands or "peak" in operands)
+
+
+def _weighted(values: Array, importance: Array | None) -> Array:
+    """w f, in the dtype of the accumulation; a weight of 0 hides even a NaN."""
+    values = values.astype(accumulator(values.dtype))
+    if importance is None:
+        return values
+    weight = importance[..., None]
+    return weight * jnp.where((weight == 0) & ~jnp.isfinite(values), 0, values)
+
+
+def _holes(coverage: Array, divisor: Array, reduction: Reduction) -> Array:
+    return (coverage <= reduction.min_coverage) | (divisor == 0)
+
+
+def _splat_composed(
+    operands: Operands, *, sampling: Sampling, shape: Shape, reduction: Reduction
+) -> Operands:
+    """(5) as numerator over denominator."""
+    values, points, softmax = operands["values"], operands["points"], _softmax(operands)
+    importance = None if softmax else operands.get("importance")
+
+    def total(f: Array, softmax: Operands | None = softmax) -> Array:
+        return splat(f, points, None, shape, sampling, softmax=softmax)["image"]
+
+    f = _weighted(values, importance)
+    one = jnp.ones((*f.shape[:-1], 1), f.dtype)
+    image, coverage = total(f), total(one, None)
+    if reduction.divides:
+        divisor = total(_weighted(one, importance)) if "importance" in operands else coverage
+        hole = _holes(coverage, divisor, reduction)
+        image = jnp.where(hole, sampling.fill_value, image / jnp.where(hole, 1, divisor))
+    return {"image": image.astype(values.dtype), "coverage": coverage[..., 0]}
+
+
+def _splat_tangent(
+    operands: Operands,
+    outputs: Operands,
+    *,
+    sampling: Sampling,
+    shape: Shape,
+    reduction: Reduction,
+    **_: Any,
+) -> Operands:
+    values, points, softmax = operands["values"], operands["points"], _softmax(operands)
+    importance = None if softmax else operands.get("importance")
+    f = _weighted(values, importance)
+    dtype = f.dtype
+
+    def total(f: Array, sampling: Sampling = sampling, softmax: Operands | None = softmax) -> Array:
+        return splat(f, points, None, shape, sampling, softmax=softmax)["image"]
+
+    def total_tangent(f: Array, d_f: Array | None, softmax: Operands = softmax) -> Array:
+        """Of sum_i g(p_i, j) w_ij f_i, where f moves by d_f, and the points and logits move too."""
+        moved = [] if d_f is None else [d_f.astype(dtype)]
+        if softmax and "d_importance" in operands:
+            moved.append(f * _over_channels(operands["d_importance"], sampling))
+        parts = [total(sum(moved[1:], moved[0]), sampling, softmax)] if moved else []
+        if "d_points" in operands:
+            for a in range(points.shape[-1]):
+                along = _over_channels(operands["d_points"][..., a], sampling).astype(dtype)
+                parts.append(total(f * along, sampling.raised(a), softmax))
+        if not parts:
+            return jnp.zeros(_image_shape({"values": f, "points": points}, sampling, shape), dtype)
+        return sum(parts[1:], parts[0])
+
+    d_f: Array | None = None
+    d_weight: Array | None = None
+    if "d_values" in operands:
+        d_f = _weighted(operands["d_values"], importance)
+    if "d_importance" in operands and not softmax:
+        d_weight = operands["d_importance"][..., None]
+        moved = d_weight * values.astype(dtype)
+        d_f = moved if d_f is None else d_f + moved
+    results = {"image": total_tangent(f, d_f)}
+    if reduction.needs_coverage:
+        one = jnp.ones((*f.shape[:-1], 1), dtype)
+        d_coverage = total_tangent(one, None, {})
+        results["coverage"] = d_coverage[..., 0]
+    if reduction.divides:
+        coverage = divisor = total(one, softmax=None)
+        d_divisor = d_coverage
+        if "importance" in operands:
+            weight = _weighted(one, importance)
+            divisor, d_divisor = total(weight), total_tangent(weight, d_weight)
+        hole = _holes(coverage, divisor, reduction)
+        divisor = jnp.where(hole, 1, divisor)
+        change = (results["image"] - total(f) / divisor * d_divisor) / divisor
+        results["image"] = jnp.where(hole, 0, change)
+    return {name: results[name].astype(out.dtype) for name, out in outputs.items()}
+
+
+def _splat_vjp(
+    operands: Operands, outputs: Operands, *, sampling: Sampling, wants: Wants, reduction: Reduction
+) -> Operands:
+    # (6) in the numerator/denominator form, by JAX's chain rule; explicit for a plain sum, where
+    # the chain rule starts.
+    split = _split(operands, sampling)
+    names = ("values", "points", "importance", "peak")
+    primals = {n: operands[n] for n in names if n in operands}
+    ct_image = operands["ct_image"]
+    results = {}
+    if _is_plain(primals, reduction) and "ct_coverage" not in operands:
+        # Where a gather gives NaN, a splat drops the source.
+        finite = jnp.isfinite(primals["points"]).all(-1)
+        points = jnp.where(finite[..., None], primals["points"], 0)
+        values, linear, softmax = primals["values"], sampling.linear(), _softmax(primals)
+        for name, batch in wants:
+            if name == "values":
+                full = gather(ct_image, points, linear, softmax)
+                full = jnp.where(_over_channels(finite, sampling), full, 0)
+            elif name == "points":
+                full = _points_vjp(ct_image, points, values, linear, softmax)
+                full = jnp.where(finite[..., None], full, 0)
+            else:
+                full = _sampled_dot(ct_image, points, values, linear, softmax)
+                full = jnp.where(finite, full, 0)
+            results["ct_" + name] = _fit_batch(full, batch)
+    else:
+        moved = {n: jnp.broadcast_to(primals[n], (*batch, *split[n][1])) for n, batch in wants}
+        batches = (*(batch for batch, _ in split.values()), *(batch for _, batch in wants))
+        shape = (*jnp.broadcast_shapes(*batches), *split["ct_image"][1][:-1])
+
+        def compose(moved: Operands) -> Operands:
+            return _splat_composed(
+                primals | moved, sampling=sampling, shape=shape, reduction=reduction
+            )
+
+        composed, pull = jax.vjp(compose, moved)
+        given = {
+            "image": ct_image,
+            "coverage": operands.get("ct_coverage", jnp.zeros((), accumulator(ct_image.dtype))),
+        }
+        (cts,) = pull({n: jnp.broadcast_to(ct, composed[n].shape) for n, ct in given.items()})
+        results = {"ct_" + name: ct for name, ct in cts.items()}
+    return {name: results[name].astype(out.dtype) for name, out in outputs.items()}
+
+
+# ---------------------------------------------------------------------------- the family
+
+gather_p = _define("jaxwarp_gather", _gather_outputs, partial(_run_kernel, "jaxwarp_gather"))
+gather_vjp_p = _define(
+    "jaxwarp_gather_vjp", _vjp_outputs, partial(_run_kernel, "jaxwarp_gather_vjp")
+)
+gather_tangent_p = _define("jaxwarp_gather_tangent", _gather_outputs, _gather_tangent)
+splat_p = _define("jaxwarp_splat", _splat_outputs, partial(_run_kernel, "jaxwarp_splat"))
+splat_vjp_p = _define("jaxwarp_splat_vjp", _vjp_outputs, partial(_run_kernel, "jaxwarp_splat_vjp"))
+splat_tangent_p = _define("jaxwarp_splat_tangent", _splat_tangent_outputs, _splat_tangent)
+
+# ---------------------------------------------------------------------------- differentiation
+
+
+def _pull_gather(
+    operands: Operands, results: Operands, cts: Operands, wants: Wants, *, sampling: Sampling
+) -> Operands:
+    """The cotangents asked for, of a gather: equation (2)."""
+    if "values" not in cts:
+        return {}
+    operands = operands | {"ct_values": cts["values"]}
+    # Of the image alone, the adjoint is a splat; the kernel has no weights.
+    if "points" not in dict(wants) or "peak" in operands:
+        return _gather_vjp(
+            operands, _vjp_outputs(operands, sampling, wants), sampling=sampling, wants=wants
+        )
+    return _bind(gather_vjp_p, _vjp_outputs, operands, sampling=sampling, wants=wants)
+
+
+def _pull_splat(
+    operands: Operands,
+    results: Operands,
+    cts: Operands,
+    wants: Wants,
+    *,
+    sampling: Sampling,
+    shape: Shape,
+    reduction: Reduction,
+) -> Operands:
+    """The cotangents asked for, of a splat: equation (6)."""
+    if not cts:
+        return {}
+    params: dict[str, Any] = {"sampling": sampling, "wants": wants, "reduction": reduction}
+    zeros = partial(jnp.zeros, _image_shape(operands, sampling, shape), operands["values"].dtype)
+    given = operands | {"ct_image": cts["image"] if "image" in cts else zeros()}
+    if reduction == PLAIN and "peak" in operands:
+        return _splat_vjp(given, _vjp_outputs(given, sampling, wants), **params)
+    if reduction.divides:
+        if results is None:
+            results = splat(
+                operands["values"],
+                operands["points"],
+                operands.get("importance"),
+                shape,
+                sampling,
+                reduction,
+            )
+        given["image"] = results.get("exact", results["image"])
+        kept = ("coverage", "weight", "peak")
+        given |= {name: results[name] for name in kept if name in results}
+    if "coverage" in cts:
+        given["ct_coverage"] = cts["coverage"]
+    return _bind(splat_vjp_p, _vjp_outputs, given, **params)
+
+
+@jax.tree_util.register_static
+class _Static(tuple):
+    """Names that pass through a residual."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_vjp(op: "_Op", params: tuple[tuple[str, Any], ...], operands: Operands) -> Operands:
+    """The operation, connected to its hand-written VJP kernel."""
+    return _bind(op.primitive, op.outputs, operands, **dict(params), forward_mode=True)
+
+
+def _with_vjp_fwd(op: "_Op", params: tuple[tuple[str, Any], ...], operands: Operands) -> Any:
+    wanted = _Static(name for name, x in operands.items() if x.perturbed)
+    values = {name: x.value for name, x in operands.items()}
+    results = _bind(op.primitive, op.outputs, values, **dict(params), forward_mode=True)
+    return results, (values, results, wanted)
+
+
+def _with_vjp_bwd(
+    op: "_Op", params: tuple[tuple[str, Any], ...], residuals: Any, cts: Operands
+) -> Any:
+    operands, results, wanted = residuals
+    kept = {
+        n: ct for n, ct in cts.items() if n in op.differentiable and type(ct) is not SymbolicZero
+    }
+    split = _split(operands, dict(params)["sampling"])
+    wants = tuple((n, split[n][0]) for n in wanted)
+    found = op.pull(operands, results, kept, wants, **dict(params))
+    return ({name: found.get("ct_" + name) for name in operands},)
+
+
+_with_vjp.defvjp(_with_vjp_fwd, _with_vjp_bwd, symbolic_zeros=True)
+
+
+class _Op(NamedTuple):
+    primitive: Primitive
+    outputs: Callable[..., Operands]
+    linear_in: str
+    differentiable: tuple[str, ...]  # of the results; the others only serve `pull`
+    pull: Callable[..., Operands]
+    tangent: Primitive
+    tangent_outputs: Callable[..., Operands]
+
+
+GATHER = _Op(
+    gather_p, _gather_outputs, "image", ("values",), _pull_gather, gather_tangent_p, _gather_outputs
+)
+SPLAT = _Op(
+    splat_p,
+    _splat_outputs,
+    "values",
+    ("image", "coverage"),
+    _pull_splat,
+    splat_tangent_p,
+    _splat_tangent_outputs,
+)
+
+
+def _op_jvp(
+    op: _Op,
+    primals: Any,
+    tangents: Any,
+    *,
+    names: tuple[str, ...],
+    forward_mode: bool,
+    **params: Any,
+) -> Any:
+    operands = dict(zip(names, primals, strict=True))
+    d = _nonzero(names, tangents)
+    d.pop("peak", None)
+    if not forward_mode:
+        key, at = tuple(params.items()), {n: operands[n] for n in d}
+        results, d_results = jax.jvp(lambda at: _with_vjp(op, key, operands | at), (at,), (d,))
+        return list(results.values()), list(d_results.values())
+
+    results = _bind(op.primitive, op.outputs, operands, **params, forward_mode=True)
+    if not d:
+        d_results = {}
+    elif d.keys() == {op.linear_in} and _is_plain(operands, **params):
+        linear = params | {"sampling": params["sampling"].linear()}
+        d_results = _bind(op.primitive, op.outputs, operands | d, **linear, forward_mode=True)
+    else:
+        named = operands | {"d_" + n: t for n, t in d.items()}
+        named |= {n: x for n, x in results.items() if n == "peak"}
+        d_results = _bind(op.tangent, op.tangent_outputs, named, **params)
+    zeros = {n: ad.Zero(jax.typeof(x).to_tangent_aval()) for n, x in results.items()}
+    return list(results.values()), list((zeros | d_results).values())
+
+
+def _nonzero(names: Any, tangents: Any) -> Operands:
+    return {n: t for n, t in zip(names, tangents, strict=True) if type(t) is not ad.Zero}
+
+
+def _op_transpose(
+    op: _Op, cts: Any, *arrays: Any, names: tuple[str, ...], forward_mode: bool, **params: Any
+) -> list[Any]:
+    """Of the operation in its linear operand, whose value the adjoint then does not need."""
+    operands = dict(zip(names, arrays, strict=True))
+    (name,) = (n for n, x in operands.items() if ad.is_undefined_primal(x))
+    if name != op.linear_in:
+        raise NotImplementedError(
+            f"{op.primitive}: transposed in {name}, in which it is not linear"
+        )
+    aval = operands[name].aval
+    operands[name] = jnp.zeros(aval.shape, aval.dtype)
+    kept = _nonzero(op.outputs(operands, **params), cts)
+    wants = ((name, _split(operands, params["sampling"])[name][0]),)
+    found = op.pull(operands, None, kept, wants, **params)
+    return [found.get("ct_" + n, ad.Zero(aval)) if n == name else None for n in names]
+
+
+def _tangent_transpose(
+    op: _Op, cts: Any, *arrays: Any, names: tuple[str, ...], **params: Any
+) -> list[Any]:
+    """The transpose of the tangent map is the fused adjoint."""
+    linear = {n: x.aval for n, x in zip(names, arrays, strict=True) if ad.is_undefined_primal(x)}
+    known = {n: x for n, x in zip(names, arrays, strict=True) if n not in linear}
+    primals = {n: x for n, x in known.items() if not n.startswith("d_")}
+    split = _split(known | linear, params["sampling"])
+    wants = tuple((n.removeprefix("d_"), split[n][0]) for n in linear)
+    kept = _nonzero(op.tangent_outputs(known | linear, **params), cts)
+    found = op.pull(primals, None, kept, wants, **params)
+    return [
+        found.get("ct_" + n.removeprefix("d_"), ad.Zero(linear[n])) if n in linear else None
+        for n in names
+    ]
+
+
+def _composed_jvp(
+    primitive: Primitive,
+    outputs: Callable[..., Operands],
+    composed: Callable[..., Operands],
+    primals: Any,
+    tangents: Any,
+    *,
+    names: tuple[str, ...],
+    **params: Any,
+) -> Any:
+    """Of a fused primitive, through its composition. What the adjoint keeps of the forward pass
+    ("image", "coverage", "weight" of a splat) is a function of its other operands: the composition
+    computes it again, so its tangents are not used. A peak is a constant."""
+    operands = dict(zip(names, primals, strict=True))
+    d = _nonzero(names, tangents)
+    constant = ("peak", "image", "coverage", "weight") if primitive is splat_vjp_p else ("peak",)
+    d = {n: t for n, t in d.items() if n not in constant}
+    results = _bind(primitive, outputs, operands, **params)
+    at = {n: operands[n] for n in d}
+    _, d_results = jax.jvp(lambda at: composed(operands | at, results, **params), (at,), (d,))
+    return list(results.values()), list(d_results.values())
+
+
+def _composed_transpose(
+    outputs: Callable[..., Operands],
+    composed: Callable[..., Operands],
+    cts: Any,
+    *arrays: Any,
+    names: tuple[str, ...],
+    **params: Any,
+) -> list[Any]:
+    """Of a fused adjoint in its cotangent operands, through its composition."""
+    linear = {n: x.aval for n, x in zip(names, arrays, strict=True) if ad.is_undefined_primal(x)}
+    known = {n: x for n, x in zip(names, arrays, strict=True) if n not in linear}
+    results = outputs(known | linear, **params)
+    shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in linear.items()}
+
+    def of_linear(at: Operands) -> Operands:
+        ordered = {n: (known | at)[n] for n in names}
+        return composed(ordered, results, **params)
+
+    given = dict(zip(results, map(ad.instantiate_zeros, cts), strict=True))
+    (found,) = jax.linear_transpose(of_linear, shapes)(given)
+    return [found.get(n) for n in names]
+
+
+for _op in (GATHER, SPLAT):
+    ad.primitive_jvps[_op.primitive] = partial(_op_jvp, _op)
+    ad.primitive_transposes[_op.primitive] = partial(_op_transpose, _op)
+    ad.primitive_transposes[_op.tangent] = partial(_tangent_transpose, _op)
+for _fused in (
+    (gather_tangent_p, _gather_outputs, _gather_tangent),
+    (splat_tangent_p, _splat_tangent_outputs, _splat_tangent),
+    (gather_vjp_p, _vjp_outputs, _gather_vjp),
+    (splat_vjp_p, _vjp_outputs, _splat_vjp),
+):
+    ad.primitive_jvps[_fused[0]] = partial(_composed_jvp, *_fused)
+for _fused in ((gather_vjp_p, _vjp_outputs, _gather_vjp), (splat_vjp_p, _vjp_outputs, _splat_vjp)):
+    ad.primitive_transposes[_fused[0]] = partial(_composed_transpose, *_fused[1:])
