@@ -1,0 +1,99 @@
+# Every task has its target here; `make help` lists them.
+# Needs GNU make, Python >= 3.11 and a C++17 compiler; nvcc where the CUDA module is wanted.
+
+PYTHON ?= python3
+VENV ?= .venv
+CUDA_ARCH ?=
+PYTEST_ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+CXX_FILES = $(wildcard src/* tests/cuda_shim/*)
+
+# pip's options for CMake variables: $(call define,NAME=VALUE ...)
+define = $(foreach variable,$(1),'--config-settings=cmake.define.$(variable)')
+
+# While developing, one architecture is enough. Under CI a warning is an error.
+DEVELOP = JAXWARP_TESTS=ON JAXWARP_WERROR=$(if $(CI),ON,OFF) \
+	CMAKE_CUDA_ARCHITECTURES=$(or $(CUDA_ARCH),90)
+
+# What depends on the version of Python and jax. The newest jax is on these Pythons, and one wheel
+# serves them all (stable ABI).
+LATER_PYTHONS ?= 3.12 3.13
+VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo sharding transforms)
+
+.PHONY: help demo test test-versions lint format dev wheel test-gpu clean
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "Variables: PYTHON ($(PYTHON)), VENV ($(VENV)), PYTEST_ARGS,"
+	@echo "CUDA_ARCH, such as 90 or '80;90' (wheel: those of a release, elsewhere 90)"
+
+# The environment. .demo and .test are stamps: the package is installed as of these sources, as a
+# user would install it (isolated build, not editable: what is tested is what is shipped). After
+# `make dev` the stamp .dev says that it follows the sources by itself.
+ifeq ($(wildcard $(VENV)/.dev),)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/* jaxwarp/*.py tests/cuda_shim/*)
+endif
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(SOURCES) | $(BIN)/python
+	rm -f $(VENV)/.test
+	$(BIN)/pip install ".[demo]" $(call define,JAXWARP_CUDA=OFF)
+	touch $@
+
+$(VENV)/.test: $(SOURCES) | $(BIN)/python
+	$(BIN)/pip install ".[test,lint]" $(call define,$(DEVELOP))
+	touch $(VENV)/.demo $@
+
+dev: | $(BIN)/python ## Make the environment editable: jaxwarp rebuilds on import
+	$(BIN)/python -c "import tomllib; \
+	  requires = tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires']; \
+	  print(*(r for r in requires if not r.startswith('jaxlib')), 'jax>=0.10', sep='\n')" \
+	  | $(BIN)/pip install -r /dev/stdin cmake ninja
+	PATH="$(BIN):$$PATH" $(BIN)/pip install --no-build-isolation --editable ".[test,lint]" \
+	  $(call define,$(DEVELOP))
+	touch $(VENV)/.dev $(VENV)/.demo $(VENV)/.test
+
+demo: $(VENV)/.demo ## Fit a dense optical flow between two real frames; results in demo/
+	PATH="$(BIN):$$PATH" $(BIN)/python examples/fit_flow.py --out demo
+
+test: lint ## Lint, check types and run the tests
+	PATH="$(BIN):$$PATH" PYTHONSAFEPATH=1 $(BIN)/pytest -n auto --maxprocesses=4 $(PYTEST_ARGS)
+
+test-versions: ## Run what depends on the version of jax, with the newest, on LATER_PYTHONS
+	@set -e; rm -rf build/later; for version in $(LATER_PYTHONS); do \
+	  for python in python$$version $(HOME)/.pyenv/versions/$$version.*/bin/python none; do \
+	    if [ $$python = none ] || $$python --version >/dev/null 2>&1; then break; fi; done; \
+	  if [ $$python = none ]; then echo "no Python $$version found: not tested"; continue; fi; \
+	  test -d build/later || $$python -m pip wheel --no-deps --wheel-dir build/later . \
+	    $(call define,JAXWARP_CUDA=OFF); \
+	  test -d $(VENV)-$$version || $$python -m venv $(VENV)-$$version; \
+	  $(VENV)-$$version/bin/pip install --force-reinstall --no-deps build/later/*.whl; \
+	  $(VENV)-$$version/bin/pip install --upgrade jax "$$(ls build/later/*.whl)[test]"; \
+	  PYTHONSAFEPATH=1 $(VENV)-$$version/bin/pytest -n auto --maxprocesses=4 $(VERSION_TESTS); \
+	done
+
+lint: $(VENV)/.test ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.test ## Format the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: ## Build a wheel into dist/ for PYTHON, with CUDA where nvcc is found
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist . \
+	  $(if $(CUDA_ARCH),$(call define,CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH)))
+
+test-gpu: ## Run the GPU tests with PYTHON, against the jaxwarp installed there
+	JAXWARP_REQUIRE_CUDA=1 PYTHONSAFEPATH=1 $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) $(VENV)-* build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
