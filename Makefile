@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CUDA_ARCH ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 CXX_FILES = $(wildcard src/* tests/cuda_shim/*)
@@ -21,18 +22,18 @@ DEVELOP = JAXWARP_TESTS=ON JAXWARP_WERROR=$(if $(CI),ON,OFF) \
 LATER_PYTHONS ?= 3.12 3.13
 VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo sharding transforms)
 
-.PHONY: help demo test test-versions lint format dev wheel test-gpu clean
+.PHONY: help demo test test-versions lint format dev bench wheel test-gpu gpu-report clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "Variables: PYTHON ($(PYTHON)), VENV ($(VENV)), PYTEST_ARGS,"
+	@echo "Variables: PYTHON ($(PYTHON)), VENV ($(VENV)), PYTEST_ARGS, BENCH_ARGS,"
 	@echo "CUDA_ARCH, such as 90 or '80;90' (wheel: those of a release, elsewhere 90)"
 
-# The environment. .demo and .test are stamps: the package is installed as of these sources, as a
-# user would install it (isolated build, not editable: what is tested is what is shipped). After
-# `make dev` the stamp .dev says that it follows the sources by itself.
+# The environment. .demo, .test and .bench are stamps: the package is installed as of these sources,
+# as a user would install it (isolated build, not editable: what is tested is what is shipped).
+# After `make dev` the stamp .dev says that it follows the sources by itself.
 ifeq ($(wildcard $(VENV)/.dev),)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/* jaxwarp/*.py tests/cuda_shim/*)
 endif
@@ -48,6 +49,12 @@ $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 $(VENV)/.test: $(SOURCES) | $(BIN)/python
 	$(BIN)/pip install ".[test,lint]" $(call define,$(DEVELOP))
 	touch $(VENV)/.demo $@
+
+$(VENV)/.bench: $(SOURCES) | $(BIN)/python
+	$(if $(wildcard $(VENV)/.dev),,rm -f $(VENV)/.test)
+	PATH="$(BIN):$$PATH" $(BIN)/pip install $(if $(wildcard $(VENV)/.dev),--no-build-isolation \
+	  --editable ".[bench]" $(call define,$(DEVELOP)),".[bench]")
+	touch $@
 
 dev: | $(BIN)/python ## Make the environment editable: jaxwarp rebuilds on import
 	$(BIN)/python -c "import tomllib; \
@@ -88,12 +95,18 @@ format: $(VENV)/.test ## Format the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+bench: $(VENV)/.bench ## Time every operation against a copy and other libraries; into build/bench
+	PATH="$(BIN):$$PATH" $(BIN)/python -m benchmarks --out build/bench $(BENCH_ARGS)
+
 wheel: ## Build a wheel into dist/ for PYTHON, with CUDA where nvcc is found
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist . \
 	  $(if $(CUDA_ARCH),$(call define,CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH)))
 
 test-gpu: ## Run the GPU tests with PYTHON, against the jaxwarp installed there
 	JAXWARP_REQUIRE_CUDA=1 PYTHONSAFEPATH=1 $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+gpu-report: ## All about the GPU in 8 minutes, with PYTHON as test-gpu: tests, checks, benchmark
+	$(PYTHON) -m benchmarks.gpu_report --out build/gpu
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) $(VENV)-* build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,198 @@
+"""What is measured: the list of cases, the arrays of a case, and the bytes that it must move.
+
+Only NumPy is needed here, so that every peer's process builds the same arrays by itself.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import ml_dtypes
+import numpy as np
+
+OPERATIONS = ("backward_warp", "grid_sample", "forward_average", "forward_sum", "forward_softmax")
+PASSES = ("value", "flow gradient", "all gradients", "jvp")  # "all": the value and every gradient
+
+# name: shape of the image, shape of the flow. Channels and displacements are last.
+SIZES = {
+    "24x32x3": ((24, 32, 3), (24, 32, 2)),
+    "3 flows of 24x32x3": ((24, 32, 3), (3, 24, 32, 2)),
+    "64x64x3": ((64, 64, 3), (64, 64, 2)),
+    "256x256x3": ((256, 256, 3), (256, 256, 2)),
+    "436x1024x3": ((436, 1024, 3), (436, 1024, 2)),
+    "1080x1920x3": ((1080, 1920, 3), (1080, 1920, 2)),
+    "2160x3840x4": ((2160, 3840, 4), (2160, 3840, 2)),
+    "4320x7680x3": ((4320, 7680, 3), (4320, 7680, 2)),
+    "8x256x256x64": ((8, 256, 256, 64), (8, 256, 256, 2)),
+    "128x128x128x1": ((128, 128, 128, 1), (128, 128, 128, 3)),
+    "16 flows of 436x1024x3": ((436, 1024, 3), (16, 436, 1024, 2)),
+    "480x640x3": ((1, 480, 640, 3), (1, 480, 640, 2)),  # the two sizes of the original notes
+    "8x32x64x3": ((8, 32, 64, 3), (8, 32, 64, 2)),
+}
+LARGE = ("436x1024x3", "1080x1920x3", "2160x3840x4", "8x256x256x64", "128x128x128x1")
+LARGE = (*LARGE, "16 flows of 436x1024x3")
+SCALING = ("64x64x3", "256x256x3", "436x1024x3", "1080x1920x3", "4320x7680x3")  # of the plot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    operation: str
+    order: str = "value"  # one of PASSES
+    size: str = "1080x1920x3"
+    motion: str = "smooth"  # or "random": +-64 pixels
+    dtype: str = "float32"  # of the image; the flow is float64 for float64, else float32
+
+    def __str__(self) -> str:
+        return f"{self.operation}, {self.order}, {self.size}, {self.motion}, {self.dtype}"
+
+    @property
+    def image(self) -> tuple[int, ...]:
+        return SIZES[self.size][0]
+
+    @property
+    def flow(self) -> tuple[int, ...]:
+        return SIZES[self.size][1]
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        return self.flow[-1 - self.flow[-1] : -1]
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        return (*self.flow[:-1], self.image[-1])
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.flow[:-1])
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What is computed; a name of an input stands for the gradient in it."""
+        weight = ("importance",) if self.operation == "forward_softmax" else ()
+        return {
+            "value": ("out",),
+            "flow gradient": ("flow",),
+            "all gradients": ("out", "image", "flow", *weight),
+            "jvp": ("out", "d_out"),
+        }[self.order]
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def bytes(self) -> int:
+        """What must be read and written at least, each once."""
+        item = np.dtype(self.numpy_dtype).itemsize
+        image, out = math.prod(self.image) * item, math.prod(self.out) * item
+        flow = math.prod(self.flow) * (8 if self.dtype == "float64" else 4)
+        weight = flow // self.flow[-1] if self.operation == "forward_softmax" else 0
+        operands = image + flow + weight
+        return {
+            "value": operands + out,
+            "flow gradient": operands + out + flow,
+            "all gradients": 2 * (operands + out),
+            "jvp": 2 * (operands + out),
+        }[self.order]
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+
+
+def default() -> list[Case]:
+    """Every operation, pass, size, motion and dtype, but not every product of them."""
+    one = [Case(operation=name, order=order) for name in OPERATIONS for order in PASSES[:3]]
+    one += [Case(operation="backward_warp", order="jvp")]
+    sizes = [
+        Case(operation=operation, order=order, size=size)
+        for size in LARGE
+        for operation in ("backward_warp", "forward_average")
+        for order in ("value", "all gradients")
+    ]
+    other = [
+        Case(operation=operation, order=order, **change)
+        for change in ({"motion": "random"}, {"dtype": "bfloat16"}, {"dtype": "float64"})
+        for operation in ("backward_warp", "forward_average")
+        for order in ("value", "all gradients")
+    ]
+    other += [Case(operation="backward_warp", motion="random", size="2160x3840x4")]
+    scaling = [Case(operation="backward_warp", size=size) for size in SCALING]
+    notes = [Case(operation="forward_average", size=size) for size in ("480x640x3", "8x32x64x3")]
+    return list(dict.fromkeys([*one, *sizes, *other, *scaling, *notes]))
+
+
+def full() -> list[Case]:
+    """All products of operation, pass, size and motion in float32, then the other dtypes."""
+    products = [
+        Case(operation=operation, order=order, size=size, motion=motion)
+        for operation in OPERATIONS
+        for order in PASSES
+        for size in LARGE
+        for motion in ("smooth", "random")
+        if order != "jvp" or operation == "backward_warp"
+    ]
+    dtypes = [
+        Case(operation=operation, order=order, dtype=dtype)
+        for dtype in ("bfloat16", "float64")
+        for operation in OPERATIONS
+        for order in PASSES[:3]
+    ]
+    return list(dict.fromkeys([*default(), *products, *dtypes]))
+
+
+def quick() -> list[Case]:
+    """A smoke run on tiny images: each operation with its gradients, jvp, dtypes, shared image."""
+    tiny = [Case(operation=name, order="all gradients", size="24x32x3") for name in OPERATIONS]
+    jvp = Case(operation="backward_warp", order="jvp", size="24x32x3")
+    half = Case(operation="backward_warp", size="24x32x3", motion="random", dtype="bfloat16")
+    shared = Case(operation="backward_warp", size="3 flows of 24x32x3", dtype="float64")
+    return [*tiny, jvp, half, shared]
+
+
+def inputs(case: Case) -> dict[str, np.ndarray]:
+    """image, flow, and where they are used: importance, ct, d_image, d_flow; channels last.
+
+    Displacements are odd multiples of 1/32 pixel. So no position is on a kink, where gradients
+    differ by definition, and OpenCV's rounding of weights to 1/32 pixel changes nothing.
+    """
+    rng = np.random.default_rng(0)
+    real = np.float64 if case.dtype == "float64" else np.float32
+
+    def values(shape: tuple[int, ...], shift: float = 0.0) -> np.ndarray:
+        array = rng.random(shape, dtype=real)
+        array -= shift
+        return array.astype(case.numpy_dtype, copy=False)
+
+    if case.motion == "random":
+        flow = rng.random(case.flow, dtype=real) * 128 - 64
+    else:
+        axes = np.ogrid[tuple(slice(n) for n in case.spatial)]
+        phase = sum(axis / n for axis, n in zip(axes, case.spatial, strict=True))
+        planes = [8 * np.sin(2 * np.pi * (phase + k / 3)) for k in range(case.flow[-1])]
+        flow = np.broadcast_to(np.stack(planes, -1).astype(real), case.flow)
+    arrays = {"image": values(case.image), "flow": (2 * np.floor(flow * 16) + 1) / real(32)}
+    if case.operation == "forward_softmax":
+        arrays["importance"] = rng.random(case.flow[:-1], dtype=real) * 4
+    if "gradient" in case.order:
+        arrays["ct"] = values(case.out, 0.5)
+    if case.order == "jvp":
+        arrays["d_image"] = values(case.image, 0.5)
+        arrays["d_flow"] = rng.random(case.flow, dtype=real) - real(0.5)
+    return arrays
+
+
+def positions(flow: np.ndarray) -> np.ndarray:
+    """Pixel positions (x, y[, z]) of a flow, exact for the displacements of `inputs`."""
+    dims = flow.shape[-1]
+    axes = np.meshgrid(*map(np.arange, flow.shape[-1 - dims : -1]), indexing="ij")
+    return np.stack(axes[::-1], -1).astype(flow.dtype) + flow
+
+
+def grid(flow: np.ndarray) -> np.ndarray:
+    """The same positions as `torch.nn.functional.grid_sample` takes them, align_corners=False."""
+    dims = flow.shape[-1]
+    sizes = np.array(flow.shape[-1 - dims : -1][::-1])
+    return ((2 * positions(flow).astype(np.float64) + 1) / sizes - 1).astype(flow.dtype)
+
+
+def per_pixel(case: Case, ct_grid: np.ndarray) -> np.ndarray:
+    """The gradient in the flow, of the gradient in `grid`: p = (grid + 1) size / 2 - 1/2."""
+    return ct_grid.reshape(case.flow) * (2 / np.array(case.spatial[::-1])).astype(ct_grid.dtype)
