@@ -101,7 +101,7 @@ def run(case: Case, peers: list[str], workers: dict[str, Worker], *, seconds: fl
         for _ in range(ROUNDS):
             for peer in peers:
                 entry, past = entries[peer], times[peer][mode]
-                if entry.keys() & {"error", "unsupported"} or sum(past) > 2 * seconds:
+                if entry.keys() & {"error", "unsupported"} or sum(past) > 3 * seconds:
                     continue
                 options = {"warm": mode == "warm", "seconds": seconds / ROUNDS, "count": 5}
                 result = workers[PEERS[peer]].ask(do="measure", peer=peer, **options)

@@ -5,6 +5,7 @@ Only NumPy is needed here, so that every peer's process builds the same arrays b
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import ml_dtypes
 import numpy as np
@@ -25,11 +26,12 @@ SIZES = {
     "8x256x256x64": ((8, 256, 256, 64), (8, 256, 256, 2)),
     "128x128x128x1": ((128, 128, 128, 1), (128, 128, 128, 3)),
     "16 flows of 436x1024x3": ((436, 1024, 3), (16, 436, 1024, 2)),
-    "480x640x3": ((1, 480, 640, 3), (1, 480, 640, 2)),  # the two sizes of the original notes
+    "480x640x3": ((1, 480, 640, 3), (1, 480, 640, 2)),
     "8x32x64x3": ((8, 32, 64, 3), (8, 32, 64, 2)),
 }
 LARGE = ("436x1024x3", "1080x1920x3", "2160x3840x4", "8x256x256x64", "128x128x128x1")
 LARGE = (*LARGE, "16 flows of 436x1024x3")
+NOTES = ("480x640x3", "8x32x64x3")  # the two sizes of the original notes
 SCALING = ("64x64x3", "256x256x3", "436x1024x3", "1080x1920x3", "4320x7680x3")  # of the plot
 
 
@@ -97,50 +99,44 @@ class Case:
         return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
 
 
+def of(**choices: tuple[str, ...]) -> list[Case]:
+    """The product of the choices for each field of a case."""
+    return [Case(**dict(zip(choices, each, strict=True))) for each in product(*choices.values())]
+
+
 def default() -> list[Case]:
     """Every operation, pass, size, motion and dtype, but not every product of them."""
-    one = [Case(operation=name, order=order) for name in OPERATIONS for order in PASSES[:3]]
-    one += [Case(operation="backward_warp", order="jvp")]
-    sizes = [
-        Case(operation=operation, order=order, size=size)
-        for size in LARGE
-        for operation in ("backward_warp", "forward_average")
-        for order in ("value", "all gradients")
+    warp, average, ends = ("backward_warp",), ("forward_average",), ("value", "all gradients")
+    listed = [
+        *of(operation=OPERATIONS, order=PASSES[:3]),
+        *of(operation=warp, order=("jvp",)),
+        *of(operation=warp, order=ends, size=LARGE),
+        *of(operation=average, order=ends[1:], size=LARGE),
+        *of(operation=average, size=("2160x3840x4", *NOTES)),
+        *of(operation=warp + average, order=ends, motion=("random",)),
+        *of(operation=warp, motion=("random",), size=("2160x3840x4",)),
+        *of(operation=warp, order=ends, dtype=("bfloat16", "float64")),
+        *of(operation=average, order=ends[1:], dtype=("bfloat16", "float64")),
+        *of(operation=warp, size=SCALING),
     ]
-    other = [
-        Case(operation=operation, order=order, **change)
-        for change in ({"motion": "random"}, {"dtype": "bfloat16"}, {"dtype": "float64"})
-        for operation in ("backward_warp", "forward_average")
-        for order in ("value", "all gradients")
-    ]
-    other += [Case(operation="backward_warp", motion="random", size="2160x3840x4")]
-    scaling = [Case(operation="backward_warp", size=size) for size in SCALING]
-    notes = [Case(operation="forward_average", size=size) for size in ("480x640x3", "8x32x64x3")]
-    return list(dict.fromkeys([*one, *sizes, *other, *scaling, *notes]))
+    return list(dict.fromkeys(listed))
 
 
 def full() -> list[Case]:
     """All products of operation, pass, size and motion in float32, then the other dtypes."""
-    products = [
-        Case(operation=operation, order=order, size=size, motion=motion)
-        for operation in OPERATIONS
-        for order in PASSES
-        for size in LARGE
-        for motion in ("smooth", "random")
-        if order != "jvp" or operation == "backward_warp"
+    motions = ("smooth", "random")
+    listed = [
+        *default(),
+        *of(operation=OPERATIONS, order=PASSES[:3], size=LARGE, motion=motions),
+        *of(operation=("backward_warp",), order=("jvp",), size=LARGE, motion=motions),
+        *of(operation=OPERATIONS, order=PASSES[:3], dtype=("bfloat16", "float64")),
     ]
-    dtypes = [
-        Case(operation=operation, order=order, dtype=dtype)
-        for dtype in ("bfloat16", "float64")
-        for operation in OPERATIONS
-        for order in PASSES[:3]
-    ]
-    return list(dict.fromkeys([*default(), *products, *dtypes]))
+    return list(dict.fromkeys(listed))
 
 
 def quick() -> list[Case]:
     """A smoke run on tiny images: each operation with its gradients, jvp, dtypes, shared image."""
-    tiny = [Case(operation=name, order="all gradients", size="24x32x3") for name in OPERATIONS]
+    tiny = of(operation=OPERATIONS, order=("all gradients",), size=("24x32x3",))
     jvp = Case(operation="backward_warp", order="jvp", size="24x32x3")
     half = Case(operation="backward_warp", size="24x32x3", motion="random", dtype="bfloat16")
     shared = Case(operation="backward_warp", size="3 flows of 24x32x3", dtype="float64")

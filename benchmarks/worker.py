@@ -46,25 +46,21 @@ def keep_memory(keep: bool) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def measure(program: Program, *, warm: bool, seconds: float, count: int) -> dict:
-    """Up to `count` measurements, as many as begin within so many seconds; at least one."""
+def measure(program: Program, *, warm: bool, seconds: float, count: int, last: float) -> dict:
+    """Up to `count` measurements, as many as begin within so many seconds; at least one.
+
+    last: seconds of the last call of this program, by which a warm measurement gets its length.
+    """
     keep_memory(warm)
     times: list[float] = []
-
-    def timed(calls: int) -> tuple[float, object]:
-        start = time.perf_counter()
-        result = program.warm(calls) if warm else program.cold()
-        return (time.perf_counter() - start) / calls, result
-
-    single, result = timed(1)  # not counted: caches, and the number of calls to come
-    calls = max(1, min(10000, int(min(WARM_SECONDS, seconds) / single))) if warm else 1
-    if single > seconds:  # slow enough that a first call is like the others
-        times.append(single)
     end = time.perf_counter() + seconds
     while not times or (time.perf_counter() < end and len(times) < count):
+        calls = max(1, min(10000, int(min(WARM_SECONDS, seconds) / last))) if warm else 1
         result = None  # freed before the clock starts
-        taken, result = timed(calls)
-        times.append(taken)
+        start = time.perf_counter()
+        result = program.warm(calls) if warm else program.cold()
+        last = (time.perf_counter() - start) / calls
+        times.append(last)
     return {"times": times, "sample": sample(program.read(result))}
 
 
@@ -82,6 +78,7 @@ def serve(library: str, threads: int) -> None:
         reply(missing=f"{type(error).__name__}: {error}".splitlines()[0])
         return
     programs: dict[str, Program] = {}
+    last: dict[str, float] = {}
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -99,8 +96,11 @@ def serve(library: str, threads: int) -> None:
                 programs[peer] = program
                 reply()
             else:
+                peer = request["peer"]
                 options = {name: request[name] for name in ("warm", "seconds", "count")}
-                reply(**measure(programs[request["peer"]], **options))
+                result = measure(programs[peer], **options, last=last.get(peer, 1.0))
+                last[peer] = result["times"][-1]
+                reply(**result)
         except Unsupported as reason:
             reply(unsupported=str(reason))
         except Exception as error:
