@@ -5,7 +5,8 @@ The only file that knows jax.interpreters.
     gather_p   image, points[, importance, peak] -> values             (1)
     splat_p    values, points[, importance[, peak]] -> image[, coverage ...]   (5)
     *_vjp_p    the fused adjoint of each, (2) and (6): one kernel for all cotangents asked for
-    *_tangent_p  the linear map of jvp; its transpose is the fused adjoint
+    *_tangent_p  how the result moves with all operands, in one kernel: jvp; the fused adjoint is
+                 its transpose, and it is that of the fused adjoint
 
 Every operand has the same number of leading batch axes, each of the common size or of size 1, which
 broadcasts without a copy; vmap adds such an axis. So vmap is done before differentiation, and the
@@ -167,6 +168,14 @@ def _image_shape(operands: Operands, sampling: Sampling, shape: Shape) -> Shape:
     return sampling.with_channels(shape, channels, operands["points"].shape[-1] + 1)
 
 
+def _planes(image: Any, sampling: Sampling) -> Shape:
+    """The shape of an image without its channels."""
+    if not sampling.channels_first:
+        return tuple(image.shape[:-1])
+    at = len(image.shape) - len(sampling.derivative) - 1
+    return (*image.shape[:at], *image.shape[at + 1 :])
+
+
 def _vjp_outputs(operands: Operands, sampling: Sampling, wants: Wants, **_: Any) -> Operands:
     split = _split(operands, sampling)
     return {
@@ -175,9 +184,14 @@ def _vjp_outputs(operands: Operands, sampling: Sampling, wants: Wants, **_: Any)
     }
 
 
-def _splat_tangent_outputs(operands: Operands, **params: Any) -> Operands:
-    outputs = _splat_outputs(operands, **params)
-    return {name: out for name, out in outputs.items() if name in ("image", "coverage")}
+def _gather_tangent_outputs(operands: Operands, **params: Any) -> Operands:
+    return {"d_values": _gather_outputs(operands, **params)["values"]}
+
+
+def _splat_tangent_outputs(operands: Operands, *, reduction: Reduction, **params: Any) -> Operands:
+    outputs = _splat_outputs(operands, reduction=reduction, **params)
+    wanted = ("coverage", "image") if reduction.coverage else ("image",)
+    return {"d_" + name: outputs[name] for name in wanted}
 
 
 def _fit_batch(x: Array, batch: Shape) -> Array:
@@ -209,6 +223,9 @@ def _run_kernel(
     if np.float64 in (stored, operands["points"].dtype):
         stored = np.dtype(np.float64)
         operands = {name: x.astype(stored) for name, x in operands.items()}
+    if "d_points" in operands:
+        d_points = operands["d_points"].astype(accumulator(stored))
+        operands = operands | {"d_points": d_points}
     dtypes = _kernel_dtypes(operands, outputs, sampling)
     wanted = {
         name: jax.ShapeDtypeStruct(x.shape, dtypes[name])
@@ -233,9 +250,9 @@ def _kernel_dtypes(
     stored = next(operands[n].dtype for n in ("values", "ct_values", "image") if n in operands)
     split = _split(operands | outputs, sampling)
     common = jnp.broadcast_shapes(*(batch for batch, _ in split.values()))
-    per_point = {
-        n for n in outputs if n == "values" or (n == "ct_values" and split[n][0] == common)
-    }
+    per_point = {"values", "d_values"} & outputs.keys()
+    if "ct_values" in outputs and split["ct_values"][0] == common:
+        per_point.add("ct_values")
     return {name: stored if name in per_point else accumulator(stored) for name in outputs}
 
 
@@ -433,7 +450,7 @@ def _gather_tangent(
     if "d_importance" in operands:
         d_weight = _over_channels(operands["d_importance"], sampling)
         parts.append(gather(image.astype(dtype), points, sampling, softmax) * d_weight)
-    return {"values": sum(parts[1:], parts[0]).astype(image.dtype)}
+    return {"d_values": sum(parts[1:], parts[0]).astype(image.dtype)}
 
 
 def _gather_vjp(
@@ -550,11 +567,11 @@ def _splat_tangent(
         d_weight = operands["d_importance"][..., None]
         moved = d_weight * values.astype(dtype)
         d_f = moved if d_f is None else d_f + moved
-    results = {"image": total_tangent(f, d_f)}
+    results = {"d_image": total_tangent(f, d_f)}
     if reduction.needs_coverage:
         one = jnp.ones((*f.shape[:-1], 1), dtype)
         d_coverage = total_tangent(one, None, {})
-        results["coverage"] = d_coverage[..., 0]
+        results["d_coverage"] = d_coverage[..., 0]
     if reduction.divides:
         coverage = divisor = total(one, softmax=None)
         d_divisor = d_coverage
@@ -563,8 +580,8 @@ def _splat_tangent(
             divisor, d_divisor = total(weight), total_tangent(weight, d_weight)
         hole = _holes(coverage, divisor, reduction)
         divisor = jnp.where(hole, 1, divisor)
-        change = (results["image"] - total(f) / divisor * d_divisor) / divisor
-        results["image"] = jnp.where(hole, 0, change)
+        change = (results["d_image"] - total(f) / divisor * d_divisor) / divisor
+        results["d_image"] = jnp.where(hole, 0, change)
     return {name: results[name].astype(out.dtype) for name, out in outputs.items()}
 
 
@@ -620,10 +637,16 @@ gather_p = _define("jaxwarp_gather", _gather_outputs, partial(_run_kernel, "jaxw
 gather_vjp_p = _define(
     "jaxwarp_gather_vjp", _vjp_outputs, partial(_run_kernel, "jaxwarp_gather_vjp")
 )
-gather_tangent_p = _define("jaxwarp_gather_tangent", _gather_outputs, _gather_tangent)
+gather_tangent_p = _define(
+    "jaxwarp_gather_tangent",
+    _gather_tangent_outputs,
+    partial(_run_kernel, "jaxwarp_gather_tangent"),
+)
 splat_p = _define("jaxwarp_splat", _splat_outputs, partial(_run_kernel, "jaxwarp_splat"))
 splat_vjp_p = _define("jaxwarp_splat_vjp", _vjp_outputs, partial(_run_kernel, "jaxwarp_splat_vjp"))
-splat_tangent_p = _define("jaxwarp_splat_tangent", _splat_tangent_outputs, _splat_tangent)
+splat_tangent_p = _define(
+    "jaxwarp_splat_tangent", _splat_tangent_outputs, partial(_run_kernel, "jaxwarp_splat_tangent")
+)
 
 # ---------------------------------------------------------------------------- differentiation
 
@@ -671,12 +694,16 @@ def _pull_splat(
                 sampling,
                 reduction,
             )
-        given["image"] = results.get("exact", results["image"])
-        kept = ("coverage", "weight", "peak")
-        given |= {name: results[name] for name in kept if name in results}
+        given |= _splat_residual(results)
     if "coverage" in cts:
         given["ct_coverage"] = cts["coverage"]
     return _bind(splat_vjp_p, _vjp_outputs, given, **params)
+
+
+def _splat_residual(results: Operands) -> Operands:
+    """What tangent and adjoint of a splat that divides need of its results."""
+    kept = {n: x for n, x in results.items() if n in ("coverage", "peak", "weight")}
+    return kept | {"image": results.get("exact", results["image"])}
 
 
 @jax.tree_util.register_static
@@ -722,9 +749,26 @@ class _Op(NamedTuple):
     tangent: Primitive
     tangent_outputs: Callable[..., Operands]
 
+    def push(self, operands: Operands, results: Operands, d: Operands, **params: Any) -> Operands:
+        """The tangents of `differentiable`, by name, as the operands move by `d`."""
+        if d.keys() == {self.linear_in} and _is_plain(operands, **params):
+            linear = params | {"sampling": params["sampling"].linear()}
+            return _bind(self.primitive, self.outputs, operands | d, **linear, forward_mode=True)
+        named = operands | {"d_" + n: t for n, t in d.items()}
+        if params.get("reduction", PLAIN).divides:
+            named |= _splat_residual(results)
+        found = _bind(self.tangent, self.tangent_outputs, named, **params)
+        return {n.removeprefix("d_"): x for n, x in found.items()}
+
 
 GATHER = _Op(
-    gather_p, _gather_outputs, "image", ("values",), _pull_gather, gather_tangent_p, _gather_outputs
+    gather_p,
+    _gather_outputs,
+    "image",
+    ("values",),
+    _pull_gather,
+    gather_tangent_p,
+    _gather_tangent_outputs,
 )
 SPLAT = _Op(
     splat_p,
@@ -755,15 +799,7 @@ def _op_jvp(
         return list(results.values()), list(d_results.values())
 
     results = _bind(op.primitive, op.outputs, operands, **params, forward_mode=True)
-    if not d:
-        d_results = {}
-    elif d.keys() == {op.linear_in} and _is_plain(operands, **params):
-        linear = params | {"sampling": params["sampling"].linear()}
-        d_results = _bind(op.primitive, op.outputs, operands | d, **linear, forward_mode=True)
-    else:
-        named = operands | {"d_" + n: t for n, t in d.items()}
-        named |= {n: x for n, x in results.items() if n == "peak"}
-        d_results = _bind(op.tangent, op.tangent_outputs, named, **params)
+    d_results = op.push(operands, results, d, **params) if d else {}
     zeros = {n: ad.Zero(jax.typeof(x).to_tangent_aval()) for n, x in results.items()}
     return list(results.values()), list((zeros | d_results).values())
 
@@ -799,8 +835,9 @@ def _tangent_transpose(
     primals = {n: x for n, x in known.items() if not n.startswith("d_")}
     split = _split(known | linear, params["sampling"])
     wants = tuple((n.removeprefix("d_"), split[n][0]) for n in linear)
-    kept = _nonzero(op.tangent_outputs(known | linear, **params), cts)
-    found = op.pull(primals, None, kept, wants, **params)
+    results = op.tangent_outputs(known | linear, **params)
+    kept = _nonzero((n.removeprefix("d_") for n in results), cts)
+    found = op.pull(primals, primals, kept, wants, **params)
     return [
         found.get("ct_" + n.removeprefix("d_"), ad.Zero(linear[n])) if n in linear else None
         for n in names
@@ -817,12 +854,13 @@ def _composed_jvp(
     names: tuple[str, ...],
     **params: Any,
 ) -> Any:
-    """Of a fused primitive, through its composition. What the adjoint keeps of the forward pass
-    ("image", "coverage", "weight" of a splat) is a function of its other operands: the composition
-    computes it again, so its tangents are not used. A peak is a constant."""
+    """Of a fused primitive, through its composition. What it keeps of the forward pass of a splat
+    ("image", "coverage", "weight") is a function of its other operands: the composition computes it
+    again, so its tangents are not used. A peak is a constant."""
     operands = dict(zip(names, primals, strict=True))
     d = _nonzero(names, tangents)
-    constant = ("peak", "image", "coverage", "weight") if primitive is splat_vjp_p else ("peak",)
+    of_gather = primitive is gather_tangent_p
+    constant = ("peak",) if of_gather else ("peak", "image", "coverage", "weight")
     d = {n: t for n, t in d.items() if n not in constant}
     results = _bind(primitive, outputs, operands, **params)
     at = {n: operands[n] for n in d}
@@ -830,27 +868,86 @@ def _composed_jvp(
     return list(results.values()), list(d_results.values())
 
 
-def _composed_transpose(
-    outputs: Callable[..., Operands],
-    composed: Callable[..., Operands],
+def _gather_vjp_jvp(
+    primals: Any, tangents: Any, *, names: tuple[str, ...], sampling: Sampling, wants: Wants
+) -> Any:
+    """Of (2): how the splat moves, and the products of (2) with one factor moved."""
+    operands = dict(zip(names, primals, strict=True))
+    d = _nonzero(names, tangents)
+    results = _bind(gather_vjp_p, _vjp_outputs, operands, sampling=sampling, wants=wants)
+    d_results = {}
+    of_splat = {"values": "ct_values", "points": "points"}
+    moved = {n: d[of] for n, of in of_splat.items() if of in d}
+    if "ct_image" in results and moved:
+        shape = _planes(results["ct_image"], sampling)
+        primal = {n: operands[of] for n, of in of_splat.items()}
+        params = {"sampling": sampling.linear(), "shape": shape, "reduction": PLAIN}
+        d_results["ct_image"] = SPLAT.push(primal, {}, moved, **params)["image"]
+    if "ct_points" in results and d:
+        points_alone = tuple((n, batch) for n, batch in wants if n == "points")
+
+        def pull(at: Operands, sampling: Sampling = sampling) -> Array:
+            return _bind(
+                gather_vjp_p, _vjp_outputs, operands | at, sampling=sampling, wants=points_alone
+            )["ct_points"]
+
+        parts = []
+        if "image" in d:
+            parts.append(pull({"image": d["image"]}, sampling.linear()))
+        if "ct_values" in d:
+            parts.append(pull({"ct_values": d["ct_values"]}))
+        if "points" in d:
+            parts += [
+                pull({}, sampling.raised(a)) * d["points"][..., a : a + 1]
+                for a in range(operands["points"].shape[-1])
+            ]
+        d_results["ct_points"] = sum(parts[1:], parts[0])
+    zeros = {n: ad.Zero(jax.typeof(x).to_tangent_aval()) for n, x in results.items()}
+    return list(results.values()), list((zeros | d_results).values())
+
+
+def _adjoint_transpose(
+    op: _Op,
     cts: Any,
     *arrays: Any,
     names: tuple[str, ...],
+    sampling: Sampling,
+    reduction: Reduction = PLAIN,
     **params: Any,
 ) -> list[Any]:
-    """Of a fused adjoint in its cotangent operands, through its composition."""
+    """Of a fused adjoint. In its cotangents it is the tangent of the operation."""
     linear = {n: x.aval for n, x in zip(names, arrays, strict=True) if ad.is_undefined_primal(x)}
     known = {n: x for n, x in zip(names, arrays, strict=True) if n not in linear}
-    results = outputs(known | linear, **params)
-    shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in linear.items()}
+    results = _vjp_outputs(known | linear, sampling=sampling, **params)
+    d = {n.removeprefix("ct_"): ct for n, ct in _nonzero(results, cts).items()}
+    found: Operands = {}
+    if all(n.startswith("ct_") for n in linear):
+        given: dict[str, Any] = {"sampling": sampling}
+        if op is SPLAT:
+            given["shape"] = _planes((known | linear)["ct_image"], sampling)
+            given["reduction"] = reduction._replace(coverage="ct_coverage" in linear)
+        primals = {n: x for n, x in known.items() if not n.startswith("ct_")}
+        found = op.push(primals, primals, d, **given) if d else {}
+        found = {"ct_" + n: x for n, x in found.items()}
+    elif op is GATHER:  # in the image, of which only ct_points is a function
+        primals = {"values": known["ct_values"], "points": known["points"]}
+        given = {"sampling": sampling.linear(), "reduction": PLAIN}
+        shape = _planes(linear["image"], sampling)
+        moved = {n: ct for n, ct in d.items() if n == "points"}
+        if moved:
+            found = {"image": SPLAT.push(primals, {}, moved, shape=shape, **given)["image"]}
+    else:  # in values or importance: through the composition
+        shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in linear.items()}
 
-    def of_linear(at: Operands) -> Operands:
-        ordered = {n: (known | at)[n] for n in names}
-        return composed(ordered, results, **params)
+        def of_linear(at: Operands) -> Operands:
+            ordered = {n: (known | at)[n] for n in names}
+            return _splat_vjp(ordered, results, sampling=sampling, reduction=reduction, **params)
 
-    given = dict(zip(results, map(ad.instantiate_zeros, cts), strict=True))
-    (found,) = jax.linear_transpose(of_linear, shapes)(given)
-    return [found.get(n) for n in names]
+        given = dict(zip(results, map(ad.instantiate_zeros, cts), strict=True))
+        (found,) = jax.linear_transpose(of_linear, shapes)(given)
+    split = _split(known | linear, sampling)
+    fitted = {n: _fit_batch(x, split[n][0]) for n, x in found.items() if n in linear}
+    return [fitted.get(n, ad.Zero(linear[n])) if n in linear else None for n in names]
 
 
 for _op in (GATHER, SPLAT):
@@ -858,11 +955,11 @@ for _op in (GATHER, SPLAT):
     ad.primitive_transposes[_op.primitive] = partial(_op_transpose, _op)
     ad.primitive_transposes[_op.tangent] = partial(_tangent_transpose, _op)
 for _fused in (
-    (gather_tangent_p, _gather_outputs, _gather_tangent),
+    (gather_tangent_p, _gather_tangent_outputs, _gather_tangent),
     (splat_tangent_p, _splat_tangent_outputs, _splat_tangent),
-    (gather_vjp_p, _vjp_outputs, _gather_vjp),
     (splat_vjp_p, _vjp_outputs, _splat_vjp),
 ):
     ad.primitive_jvps[_fused[0]] = partial(_composed_jvp, *_fused)
-for _fused in ((gather_vjp_p, _vjp_outputs, _gather_vjp), (splat_vjp_p, _vjp_outputs, _splat_vjp)):
-    ad.primitive_transposes[_fused[0]] = partial(_composed_transpose, *_fused[1:])
+ad.primitive_jvps[gather_vjp_p] = _gather_vjp_jvp
+ad.primitive_transposes[gather_vjp_p] = partial(_adjoint_transpose, GATHER)
+ad.primitive_transposes[splat_vjp_p] = partial(_adjoint_transpose, SPLAT)

@@ -50,10 +50,18 @@ struct Signature {
 };
 inline constexpr Signature kGather = {"jaxwarp_gather", "image:T points:P importance:A? peak:A?",
                                       "values:T"};
+inline constexpr Signature kGatherTangent = {
+    "jaxwarp_gather_tangent",
+    "image:T points:P importance:A? peak:A? d_image:T? d_points:A? d_importance:A?", "d_values:T"};
 inline constexpr Signature kGatherVjp = {"jaxwarp_gather_vjp", "image:T points:P ct_values:T",
                                          "ct_image:A? ct_points:A"};
 inline constexpr Signature kSplat = {"jaxwarp_splat", "values:T points:P importance:A? peak:A?",
                                      "image:A coverage:A? weight:A? peak:A?"};
+inline constexpr Signature kSplatTangent = {
+    "jaxwarp_splat_tangent",
+    "values:T points:P importance:A? image:A? coverage:A? weight:A? peak:A? "
+    "d_values:T? d_points:A? d_importance:A?",
+    "d_image:A d_coverage:A?"};
 inline constexpr Signature kSplatVjp = {
     "jaxwarp_splat_vjp",
     "values:T points:P importance:A? ct_image:T image:A? coverage:A? weight:A? peak:A? "
@@ -72,8 +80,41 @@ struct Call {
   Shape<int64_t> shape;
   Batch batch;
   Operand image, points, values, importance, coverage, weight, peak;
+  Operand d_image, d_points, d_values, d_importance, d_coverage;
   Operand ct_image, ct_points, ct_values, ct_importance, ct_coverage;
 };
+
+// What a kernel reads and writes, of batch element b; null where the operand is absent.
+template <class T>
+JAXWARP_HD T* at(const Call& call, const Operand& operand, int64_t b) {
+  if (operand.data == nullptr) return nullptr;
+  return static_cast<T*>(operand.data) + call.batch.offset(b, operand.stride);
+}
+
+template <class A>
+JAXWARP_HD Importance<A> importance_of(const Call& call, int64_t b, int64_t n) {
+  const A* importance = at<const A>(call, call.importance, b);
+  return {importance == nullptr ? A(1) : importance[n], at<const A>(call, call.peak, b)};
+}
+
+template <int D, class A>
+JAXWARP_HD PointTangent<D, A> point_tangent_of(const Call& call, int64_t b, int64_t n) {
+  const A* d_points = at<const A>(call, call.d_points, b);
+  const A* d_importance = at<const A>(call, call.d_importance, b);
+  PointTangent<D, A> d_point;
+  JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
+    d_point.points[a] = d_points == nullptr ? A(0) : d_points[n * D + a];
+  }
+  d_point.importance = d_importance == nullptr ? A(0) : d_importance[n];
+  return d_point;
+}
+
+template <class A>
+JAXWARP_HD SplatResidual<A> splat_residual_of(const Call& call, int64_t b) {
+  return {at<const A>(call, call.image, b), at<const A>(call, call.coverage, b),
+          at<const A>(call, call.weight, b), at<const A>(call, call.peak, b),
+          static_cast<A>(call.min_coverage)};
+}
 
 inline std::vector<std::string_view> split(std::string_view text) {
   std::vector<std::string_view> words;
@@ -129,6 +170,11 @@ class Decoder {
       {"coverage", Kind::kPlane, &Call::coverage},
       {"weight", Kind::kPlane, &Call::weight},
       {"peak", Kind::kPlane, &Call::peak},
+      {"d_image", Kind::kImage, &Call::d_image},
+      {"d_points", Kind::kPoints, &Call::d_points},
+      {"d_values", Kind::kValues, &Call::d_values},
+      {"d_importance", Kind::kScalars, &Call::d_importance},
+      {"d_coverage", Kind::kPlane, &Call::d_coverage},
       {"ct_image", Kind::kImage, &Call::ct_image},
       {"ct_points", Kind::kPoints, &Call::ct_points},
       {"ct_values", Kind::kValues, &Call::ct_values},
@@ -224,6 +270,14 @@ class Decoder {
     return nullptr;
   }
 
+  // The first that is there: an operand, its tangent or its cotangent.
+  const Bound* find_any(const std::string& name) const {
+    for (const char* prefix : {"", "d_", "ct_"}) {
+      if (const Bound* bound = find(prefix + name)) return bound;
+    }
+    return nullptr;
+  }
+
   int core_rank(Kind kind) const {
     const int grid = call_.displacement ? call_.dims : 1;
     switch (kind) {
@@ -239,16 +293,17 @@ class Decoder {
   }
 
   void read_shapes() {
-    // Every signature has points, one of values and ct_values, and one of image and ct_image.
+    // Every signature has points, values and an image, the latter two maybe as tangent or
+    // cotangent.
     const auto points = find("points")->buffer.dimensions();
-    const Bound* image = find("image") ? find("image") : find("ct_image");
+    const Bound* image = find_any("image");
     if (points.size() < 2) return fail("points: expected at least 2 axes, got " + to_text(points));
     const int64_t dims = points[points.size() - 1];
     if (dims != 2 && dims != 3) {
       return fail("points: expected a last axis of 2 or 3, got " + to_text(points));
     }
     call_.dims = static_cast<int>(dims);
-    const Bound* values = find("values") ? find("values") : find("ct_values");
+    const Bound* values = find_any("values");
     call_.value_type = values->buffer.element_type();
     batch_rank_ = static_cast<int>(points.size()) - core_rank(Kind::kPoints);
     for (const Bound& b : bound_) {
@@ -388,10 +443,13 @@ class Decoder {
   }
 
   void check_combination() {
-    if (call_.values.summed) fail("values: the result must have every batch axis");
-    if (const Bound* image = find("image"); image && image->output) {
+    if (call_.values.summed || call_.d_values.summed) {
+      fail("values: the result must have every batch axis");
+    }
+    const bool moves = find("d_image") && find("d_image")->output;
+    if (const Bound* image = find(moves ? "d_image" : "image"); image && image->output) {
       // One task owns an image and its planes.
-      for (const char* name : {"coverage", "weight", "peak"}) {
+      for (const char* name : {"coverage", "weight", "peak", "d_coverage"}) {
         const Bound* plane = find(name);
         if (!plane || !plane->output) continue;
         const auto a = image->buffer.dimensions(), b = plane->buffer.dimensions();
@@ -401,21 +459,22 @@ class Decoder {
       }
     }
     const bool softmax = call_.reduce == Reduce::kSoftmax;
-    const bool splats = signature_.name == kSplat.name;
+    const auto is = [&](const Signature& signature) { return signature_.name == signature.name; };
+    if (find("d_importance") && !find("importance")) fail("d_importance needs importance");
     if (const Bound* peak = find("peak"); peak || softmax) {
       if (!peak || !find("importance")) return fail("a peak needs importance, and softmax both");
-      if (softmax && splats && !peak->output) fail("peak: softmax computes it");
-      if (!softmax && (peak->output || signature_.name == kSplatVjp.name)) {
+      if (softmax && is(kSplat) && !peak->output) fail("peak: softmax computes it");
+      if (!softmax && (peak->output || is(kSplatVjp))) {
         fail("peak: only softmax has one here");
       }
     }
     if (call_.reduce == Reduce::kSum) {
-      if (signature_.name == kGather.name && !find("importance") != !find("peak")) {
+      if ((is(kGather) || is(kGatherTangent)) && !find("importance") != !find("peak")) {
         fail("a gather with importance needs its peak");
       }
       return;
     }
-    if (!splats && signature_.name != kSplatVjp.name) return fail("only a splat is reduced");
+    if (is(kGather) || is(kGatherTangent) || is(kGatherVjp)) return fail("only a splat is reduced");
     if (call_.channels_first) fail("channels_first: only a sum takes it");
     if (call_.sampling.method == Method::kCubic) fail("method 'cubic': only a sum takes it");
     if (!find("image") || !find("coverage")) fail("an average needs image and coverage");

@@ -269,6 +269,13 @@ struct Stencil {
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) product *= (a == raised ? dw : w)[a][tap(k, a)];
     return product;
   }
+  // dp . dg(p, k)/dp
+  static JAXWARP_HD Real weight_tangent(int k, const AxisWeights& w, const AxisWeights& dw,
+                                        const Real (&dp)[D]) {
+    Real sum = 0;
+    JAXWARP_UNROLL for (int a = 0; a < D; ++a) sum += weight(k, w, dw, a) * dp[a];
+    return sum;
+  }
 
  private:
   JAXWARP_HD void differentiated_weights(const Sampling& sampling, int more, AxisWeights& w) const {

@@ -1,4 +1,4 @@
-// One point's work: gather, splat and their fused adjoints, each adjoint right below its primal.
+// One point's work: gather, splat, their tangents and fused adjoints, right below their primals.
 // Equation numbers: Zhiwei Xu, "Notes: CUDA Implementation of Differentiable Image Warping" (2021).
 #pragma once
 
@@ -136,6 +136,13 @@ struct Importance {
   }
 };
 
+// How one point moves: the tangents of its position and of its importance, 0 where there is none.
+template <int D, class A>
+struct PointTangent {
+  A points[D];
+  A importance;
+};
+
 // The corners of one position as places in the image and weights.
 template <class S>
 struct Corners {
@@ -256,6 +263,58 @@ JAXWARP_HD void gather_point(const Sampling& sampling, const Shape<Index>& shape
         JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] += corner.weight[k] * v[i];
       });
       store<N>(out + c * shape.point_channel_stride, sum);
+    });
+  });
+}
+
+// (1) as the image, the point and the logit move:
+//      d_out = sum_j w_j g(p, j) dI(j) + w_j (dp . dg(p, j)/dp + dlogit g(p, j)) I(j).
+// Without a peak, w_j is 1. d_image may be null.
+template <int V, class S, class T, class Ch, class Index = typename S::Index>
+JAXWARP_HD void gather_tangent_point(const Sampling& sampling, const Shape<Index>& shape,
+                                     const S& at, const T* image,
+                                     const Importance<Accumulator<T>>& importance, const T* d_image,
+                                     const PointTangent<S::kDims, Accumulator<T>>& d_point,
+                                     T* d_out, const Ch& channels) {
+  using A = Accumulator<T>;
+  typename S::AxisWeights w, dw;
+  at.weights(sampling, w);
+  at.slopes(sampling, dw);
+  Corners<S> corner(at, shape.stride, w);
+  A change[S::kCorners];  // of the weight
+  bool any_change = false;
+  for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+    change[k] = S::weight_tangent(k, w, dw, d_point.points);
+    if (importance.peak != nullptr && corner.offset[k] >= 0) {
+      const A factor = importance.at(at.offset(k, shape.plane_stride));
+      change[k] = factor * (change[k] + d_point.importance * corner.weight[k]);
+      corner.weight[k] *= factor;
+    }
+    any_change = any_change || change[k] != 0;
+  });
+  choose(corner.plain && importance.peak == nullptr, [&](auto plain) JAXWARP_INLINE {
+    const bool beyond = !plain && !corner.any_inside();
+    const A fill = beyond ? value_outside<A>(sampling, at.place, true, any_change)
+                          : static_cast<A>(sampling.fill);
+    channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
+      constexpr int N = decltype(width)::value;
+      A sum[N], v[N];
+      JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] = beyond ? fill : A(0);
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        if (!plain && beyond) return;
+        const bool inside = plain || corner.offset[k] >= 0;
+        const Index place = corner.offset[k] + c * shape.channel_stride;
+        if (plain || change[k] != 0) {
+          JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = fill;
+          if (inside) load<N>(image + place, v);
+          JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] += change[k] * v[i];
+        }
+        if (d_image != nullptr && inside && (plain || corner.weight[k] != 0)) {
+          load<N>(d_image + place, v);
+          JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] += corner.weight[k] * v[i];
+        }
+      });
+      store<N>(d_out + c * shape.point_channel_stride, sum);
     });
   });
 }
@@ -388,18 +447,81 @@ JAXWARP_HD void normalise_pixel(const Shape<Index>& shape, A* image, A coverage,
   });
 }
 
-// What the adjoint of a splat reads besides the point itself; one batch element. Null: absent.
-template <class T>
+// What tangent and adjoint of a splat know of its result; one batch element. Null: absent.
+template <class A>
 struct SplatResidual {
-  using A = Accumulator<T>;
-  const T* ct_image;
   const A* image;  // out(j) of (5), unrounded; null for a sum
   const A* coverage;
   const A* weight;  // null: the coverage is the weight
   const A* peak;    // null: no softmax
-  const A* ct_coverage;
   A min_coverage;
+
+  // Is target j none of the holes? With its D(j).
+  template <class Index>
+  JAXWARP_HD bool divides(Index j, A& divisor) const {
+    divisor = weight != nullptr ? weight[j] : coverage[j];
+    return !is_hole(coverage[j], divisor, min_coverage);
+  }
 };
+
+// (5) as the values, the point and its importance move, in the form of (6), so that what cancels
+// does so exactly:
+//      d_image(j) += w g(p, j) / D(j) df + (w dp . dg(p, j)/dp + dw g(p, j)) / D(j) (f - out(j)),
+//      d_coverage(j) += dp . dg(p, j)/dp,  for the corners in `rows`.
+// With a peak, dw is w dlogit. d_values and d_coverage may be null.
+template <int V, Reduce R, class S, class T, class RowsT, class Ch, class Index = typename S::Index>
+JAXWARP_HD void splat_tangent_point(
+    const Sampling& sampling, const Shape<Index>& shape, const S& at, const T* values,
+    const Importance<Accumulator<T>>& importance, const SplatResidual<Accumulator<T>>& residual,
+    const T* d_values, const PointTangent<S::kDims, Accumulator<T>>& d_point,
+    Accumulator<T>* d_image, Accumulator<T>* d_coverage, const RowsT& rows, const Ch& channels) {
+  using A = Accumulator<T>;
+  constexpr bool kDivides = R != Reduce::kSum;
+  typename S::AxisWeights w, dw;
+  at.weights(sampling, w);
+  at.slopes(sampling, dw);
+  const Corners<S> corner(at, shape.stride, w);
+  A share[S::kCorners];   // w g(p, j) / D(j)
+  A change[S::kCorners];  // (w dp . dg(p, j)/dp + dw g(p, j)) / D(j)
+  bool writes[S::kCorners];
+  bool plain = corner.plain && at.within(rows);
+  for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+    share[k] = change[k] = 0;
+    writes[k] = corner.offset[k] >= 0 && rows.contain(at.index(k, S::kDims - 1));
+    if (!writes[k]) return;
+    const Index j = at.offset(k, shape.plane_stride);
+    const A dg[1] = {S::weight_tangent(k, w, dw, d_point.points)};
+    if (d_coverage != nullptr && channels.first == 0 && dg[0] != 0) add_to<1>(d_coverage + j, dg);
+    A weight = importance.value, d_weight = d_point.importance, divisor = 1;
+    if (importance.peak != nullptr) {
+      weight = importance.at(j);
+      d_weight *= weight;
+    }
+    if constexpr (kDivides) writes[k] = residual.divides(j, divisor);
+    share[k] = weight * corner.weight[k] / divisor;
+    change[k] = (weight * dg[0] + d_weight * corner.weight[k]) / divisor;
+    plain = plain && writes[k];
+  });
+  choose(plain, [&](auto plain) JAXWARP_INLINE {
+    channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
+      constexpr int N = decltype(width)::value;
+      A f[N], df[N], out[N], v[N];
+      JAXWARP_UNROLL for (int i = 0; i < N; ++i) df[i] = out[i] = 0;
+      load<N>(values + c * shape.point_channel_stride, f);
+      if (d_values != nullptr) load<N>(d_values + c * shape.point_channel_stride, df);
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        if (!plain && (!writes[k] || (share[k] == 0 && change[k] == 0))) return;
+        const Index place = corner.offset[k] + c * shape.channel_stride;
+        if constexpr (kDivides) load<N>(residual.image + place, out);
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) {
+          v[i] = plain || change[k] != 0 ? change[k] * (f[i] - out[i]) : A(0);
+          if (plain || share[k] != 0) v[i] += share[k] * df[i];
+        }
+        add_to<N>(d_image + place, v);
+      });
+    });
+  });
+}
 
 // (6)  ct_values = sum_j w g(p, j) ct(j) / D(j);
 //      ct_points = sum_j ct(j) . (f - out(j)) w / D(j) dg(p, j)/dp;
@@ -409,7 +531,8 @@ struct SplatResidual {
 template <int V, Reduce R, class S, class T, class Ch, class Index = typename S::Index>
 JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,
                                 const T* values, Accumulator<T> importance,
-                                const SplatResidual<T>& residual,
+                                const SplatResidual<Accumulator<T>>& residual, const T* ct_image,
+                                const Accumulator<T>* ct_coverage,
                                 const PointCotangent<T>& ct_values, Index value_offset,
                                 Accumulator<T> (&ct_points)[S::kDims],
                                 Accumulator<T>& ct_importance, const Ch& channels) {
@@ -440,9 +563,7 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
     if constexpr (R == Reduce::kSoftmax) softmax[k] = 0;
     if (kDivides && reads[k]) {
       const Index j = at.offset(k, shape.plane_stride);
-      const A coverage = residual.coverage[j];
-      divisor[k] = residual.weight != nullptr ? residual.weight[j] : coverage;
-      reads[k] = !is_hole(coverage, divisor[k], residual.min_coverage);
+      reads[k] = residual.divides(j, divisor[k]);
       if constexpr (R == Reduce::kSoftmax)
         softmax[k] = softmax_weight(importance, residual.peak[j]);
     }
@@ -458,7 +579,7 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
       for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
         if (!plain && !reads[k]) return;
         const Index place = corner.offset[k] + c * shape.channel_stride;
-        load<N>(residual.ct_image + place, ct);
+        load<N>(ct_image + place, ct);
         if constexpr (kDivides) load<N>(residual.image + place, out);
         JAXWARP_UNROLL for (int i = 0; i < N; ++i) dot[k] += ct[i] * (f[i] - out[i]);
         if (!plain && share[k] == 0) return;
@@ -479,9 +600,9 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
     if (corner.weight[k] == 0) return;
     ct_importance += (R == Reduce::kSoftmax ? pull[k] : per_weight) * corner.weight[k];
   });
-  if (residual.ct_coverage != nullptr && channels.first == 0) {
+  if (ct_coverage != nullptr && channels.first == 0) {
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-      if (corner.offset[k] >= 0) pull[k] += residual.ct_coverage[at.offset(k, shape.plane_stride)];
+      if (corner.offset[k] >= 0) pull[k] += ct_coverage[at.offset(k, shape.plane_stride)];
     });
   }
   add_slopes<S>(w, dw, pull, ct_points);

@@ -13,8 +13,10 @@ namespace jaxwarp {
 template <Method M, int D>
 struct CpuKernels {
   static void gather(ffi::ThreadPool& pool, const Call& call);
+  static void gather_tangent(ffi::ThreadPool& pool, const Call& call);
   static void gather_vjp(ffi::ThreadPool& pool, const Call& call);
   static void splat(ffi::ThreadPool& pool, const Call& call);
+  static void splat_tangent(ffi::ThreadPool& pool, const Call& call);
   static void splat_vjp(ffi::ThreadPool& pool, const Call& call);
 };
 
@@ -58,18 +60,6 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void
   state->work();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->finished.wait(lock, [&] { return state->done.load() == state->count; });
-}
-
-template <class T>
-T* at(const Call& call, const Operand& operand, int64_t b) {
-  if (operand.data == nullptr) return nullptr;
-  return static_cast<T*>(operand.data) + call.batch.offset(b, operand.stride);
-}
-
-template <class T, class A = Accumulator<T>>
-Importance<A> importance_of(const Call& call, int64_t b, int64_t n) {
-  const A* importance = at<const A>(call, call.importance, b);
-  return {importance == nullptr ? A(1) : importance[n], at<const A>(call, call.peak, b)};
 }
 
 // Calls body(n, position) for the points begin .. end - 1 of batch element b.
@@ -137,8 +127,28 @@ void gather(ffi::ThreadPool& pool, const Call& call) {
     T* out = at<T>(call, call.values, b);
     for_points<Types>(call, b, begin, end, [&](int64_t n, const auto& p) {
       const StencilOf<Types> stencil(p, call.shape.size, call.sampling.boundary);
-      gather_point<kPack>(call.sampling, call.shape, stencil, image, importance_of<T>(call, b, n),
+      gather_point<kPack>(call.sampling, call.shape, stencil, image,
+                          importance_of<Accumulator<T>>(call, b, n),
                           out + n * call.shape.point_stride, channels);
+    });
+  });
+}
+
+template <class Types>
+void gather_tangent(ffi::ThreadPool& pool, const Call& call) {
+  using T = typename Types::Value;
+  using A = Accumulator<T>;
+  const auto channels = all_channels(call);
+  for_blocks(pool, call, false, [&](int64_t b, int64_t begin, int64_t end) {
+    const T* image = at<const T>(call, call.image, b);
+    const T* d_image = at<const T>(call, call.d_image, b);
+    T* d_out = at<T>(call, call.d_values, b);
+    for_points<Types>(call, b, begin, end, [&](int64_t n, const auto& p) {
+      const StencilOf<Types> stencil(p, call.shape.size, call.sampling.boundary);
+      gather_tangent_point<kPack>(call.sampling, call.shape, stencil, image,
+                                  importance_of<A>(call, b, n), d_image,
+                                  point_tangent_of<Types::kDims, A>(call, b, n),
+                                  d_out + n * call.shape.point_stride, channels);
     });
   });
 }
@@ -325,14 +335,15 @@ void splat(ffi::ThreadPool& pool, const Call& call) {
         if (softmax) {
           fill_rows<D>(call, call.peak, first, rows, true, -std::numeric_limits<A>::infinity());
           for_sources([&](int64_t b, int64_t n, const auto& stencil, bool) {
-            peak_point(call.sampling, call.shape, stencil, importance_of<T>(call, b, n).value,
-                       at<A>(call, call.peak, b), rows);
+            peak_point(call.sampling, call.shape, stencil,
+                       importance_of<Accumulator<T>>(call, b, n).value, at<A>(call, call.peak, b),
+                       rows);
           });
         }
         for_sources([&](int64_t b, int64_t n, const auto& stencil, bool) {
           splat_point<kPack>(call.sampling, call.shape, stencil,
                              at<const T>(call, call.values, b) + n * call.shape.point_stride,
-                             importance_of<T>(call, b, n), at<A>(call, call.image, b),
+                             importance_of<Accumulator<T>>(call, b, n), at<A>(call, call.image, b),
                              at<A>(call, call.coverage, b), at<A>(call, call.weight, b), rows,
                              channels);
         });
@@ -350,6 +361,36 @@ void splat(ffi::ThreadPool& pool, const Call& call) {
 }
 
 template <class Types>
+void splat_tangent(ffi::ThreadPool& pool, const Call& call) {
+  constexpr int D = Types::kDims;
+  using T = typename Types::Value;
+  using A = Accumulator<T>;
+  const auto channels = all_channels(call);
+  if (call.batch.count == 0) {  // no task owns the empty sums
+    for (const Operand* output : {&call.d_image, &call.d_coverage}) {
+      fill_zero_if_summed<A>(pool, *output, output->count);
+    }
+  }
+  for_bands<Types>(pool, call, call.d_image,
+                   [&](int64_t first, const auto& rows, const auto& for_sources) {
+                     fill_rows<D>(call, call.d_image, first, rows, false, A(0));
+                     fill_rows<D>(call, call.d_coverage, first, rows, true, A(0));
+                     for_sources([&](int64_t b, int64_t n, const auto& stencil, bool) {
+                       const T* d_values = at<const T>(call, call.d_values, b);
+                       dispatch_reduce<Types>(call, [&](auto reduce) {
+                         splat_tangent_point<kPack, decltype(reduce)::value>(
+                             call.sampling, call.shape, stencil,
+                             at<const T>(call, call.values, b) + n * call.shape.point_stride,
+                             importance_of<A>(call, b, n), splat_residual_of<A>(call, b),
+                             d_values == nullptr ? nullptr : d_values + n * call.shape.point_stride,
+                             point_tangent_of<D, A>(call, b, n), at<A>(call, call.d_image, b),
+                             at<A>(call, call.d_coverage, b), rows, channels);
+                       });
+                     });
+                   });
+}
+
+template <class Types>
 void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
@@ -362,11 +403,9 @@ void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
       call.ct_values.summed || call.ct_points.summed || call.ct_importance.summed;
   for_blocks(pool, call, own_points, [&](int64_t b, int64_t begin, int64_t end) {
     const T* values = at<const T>(call, call.values, b);
-    const SplatResidual<T> residual = {
-        at<const T>(call, call.ct_image, b), at<const A>(call, call.image, b),
-        at<const A>(call, call.coverage, b), at<const A>(call, call.weight, b),
-        at<const A>(call, call.peak, b),     at<const A>(call, call.ct_coverage, b),
-        static_cast<A>(call.min_coverage)};
+    const auto residual = splat_residual_of<A>(call, b);
+    const T* ct_image = at<const T>(call, call.ct_image, b);
+    const A* ct_coverage = at<const A>(call, call.ct_coverage, b);
     // Of either dtype, see PointCotangent: places in ct_values are counted in elements.
     const PointCotangent<T> ct_values = {call.ct_values.data, call.ct_values.summed};
     const int64_t first_value = call.batch.offset(b, call.ct_values.stride);
@@ -379,7 +418,7 @@ void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
       dispatch_reduce<Types>(call, [&](auto reduce) {
         splat_vjp_point<kPack, decltype(reduce)::value>(
             call.sampling, call.shape, stencil, values + n * call.shape.point_stride,
-            importance_of<T>(call, b, n).value, residual, ct_values,
+            importance_of<A>(call, b, n).value, residual, ct_image, ct_coverage, ct_values,
             first_value + n * call.shape.point_stride, ct_p, ct_w[0], channels);
       });
       if (ct_points.data != nullptr) ct_points.template emit<D>(n * D, ct_p);
@@ -396,8 +435,10 @@ void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
     dispatch_types<M, D>(call, [&](auto types) { jaxwarp::kernel<decltype(types)>(pool, call); }); \
   }
 JAXWARP_CPU_KERNEL(gather)
+JAXWARP_CPU_KERNEL(gather_tangent)
 JAXWARP_CPU_KERNEL(gather_vjp)
 JAXWARP_CPU_KERNEL(splat)
+JAXWARP_CPU_KERNEL(splat_tangent)
 JAXWARP_CPU_KERNEL(splat_vjp)
 
 template struct CpuKernels<Method::JAXWARP_METHOD, JAXWARP_DIMS>;
@@ -418,8 +459,10 @@ template struct CpuKernels<Method::JAXWARP_METHOD, JAXWARP_DIMS>;
       ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs())
 
 JAXWARP_CPU_HANDLER(Gather, gather);
+JAXWARP_CPU_HANDLER(GatherTangent, gather_tangent);
 JAXWARP_CPU_HANDLER(GatherVjp, gather_vjp);
 JAXWARP_CPU_HANDLER(Splat, splat);
+JAXWARP_CPU_HANDLER(SplatTangent, splat_tangent);
 JAXWARP_CPU_HANDLER(SplatVjp, splat_vjp);
 
 #endif

@@ -10,8 +10,10 @@ namespace jaxwarp {
 template <Method M, int D>
 struct CudaKernels {
   static void gather(cudaStream_t stream, const Call& call);
+  static void gather_tangent(cudaStream_t stream, const Call& call);
   static void gather_vjp(cudaStream_t stream, const Call& call);
   static void splat(cudaStream_t stream, const Call& call);
+  static void splat_tangent(cudaStream_t stream, const Call& call);
   static void splat_vjp(cudaStream_t stream, const Call& call);
 };
 
@@ -38,18 +40,6 @@ struct Work {
   Index items;      // points (or pixels) times lanes
   bool own_points;  // a thread visits all batch elements of its points, in order
 };
-
-template <class T>
-__device__ T* at(const Call& call, const Operand& operand, int64_t b) {
-  if (operand.data == nullptr) return nullptr;
-  return static_cast<T*>(operand.data) + call.batch.offset(b, operand.stride);
-}
-
-template <class T, class A = Accumulator<T>>
-__device__ Importance<A> importance_of(const Call& call, int64_t b, int64_t n) {
-  const A* importance = at<const A>(call, call.importance, b);
-  return {importance == nullptr ? A(1) : importance[n], at<const A>(call, call.peak, b)};
-}
 
 template <class Index>
 __device__ Channels<Index, true> lane_channels(const Work<Index>& work, Index item, int pack) {
@@ -99,9 +89,24 @@ __global__ void __launch_bounds__(Launch::kThreads) gather_kernel(const Work<Ind
   for_items(work, [&](int64_t b, Index item) {
     const Index n = item / work.lanes;
     gather_point<V>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
-                    at<const T>(call, call.image, b), importance_of<T>(call, b, n),
+                    at<const T>(call, call.image, b), importance_of<Accumulator<T>>(call, b, n),
                     at<T>(call, call.values, b) + n * work.shape.point_stride,
                     lane_channels(work, item, V));
+  });
+}
+
+template <class Types, int V, class Index>
+__global__ void __launch_bounds__(Launch::kThreads) gather_tangent_kernel(const Work<Index> work) {
+  using T = typename Types::Value;
+  using A = Accumulator<T>;
+  const Call& call = work.call;
+  for_items(work, [&](int64_t b, Index item) {
+    const Index n = item / work.lanes;
+    gather_tangent_point<V>(
+        call.sampling, work.shape, stencil_at<Types>(work, b, n), at<const T>(call, call.image, b),
+        importance_of<A>(call, b, n), at<const T>(call, call.d_image, b),
+        point_tangent_of<Types::kDims, A>(call, b, n),
+        at<T>(call, call.d_values, b) + n * work.shape.point_stride, lane_channels(work, item, V));
   });
 }
 
@@ -134,7 +139,7 @@ __global__ void __launch_bounds__(Launch::kThreads) splat_kernel(const Work<Inde
     const Index n = item / work.lanes;
     splat_point<V>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
                    at<const T>(call, call.values, b) + n * work.shape.point_stride,
-                   importance_of<T>(call, b, n), at<A>(call, call.image, b),
+                   importance_of<Accumulator<T>>(call, b, n), at<A>(call, call.image, b),
                    at<A>(call, call.coverage, b), at<A>(call, call.weight, b), AllRows{},
                    lane_channels(work, item, V));
   });
@@ -152,8 +157,8 @@ __global__ void __launch_bounds__(Launch::kThreads) peak_kernel(const Work<Index
   const Call& call = work.call;
   for_items(work, [&](int64_t b, Index n) {
     peak_point(call.sampling, work.shape, stencil_at<Types>(work, b, n),
-               importance_of<T>(call, b, n).value, at<Accumulator<T>>(call, call.peak, b),
-               AllRows{});
+               importance_of<Accumulator<T>>(call, b, n).value,
+               at<Accumulator<T>>(call, call.peak, b), AllRows{});
   });
 }
 
@@ -173,17 +178,30 @@ __global__ void __launch_bounds__(Launch::kThreads) normalise_kernel(const Work<
 }
 
 template <class Types, int V, Reduce R, class Index>
+__global__ void __launch_bounds__(Launch::kThreads) splat_tangent_kernel(const Work<Index> work) {
+  using T = typename Types::Value;
+  using A = Accumulator<T>;
+  const Call& call = work.call;
+  for_items(work, [&](int64_t b, Index item) {
+    const Index n = item / work.lanes;
+    const T* d_values = at<const T>(call, call.d_values, b);
+    splat_tangent_point<V, R>(
+        call.sampling, work.shape, stencil_at<Types>(work, b, n),
+        at<const T>(call, call.values, b) + n * work.shape.point_stride,
+        importance_of<A>(call, b, n), splat_residual_of<A>(call, b),
+        d_values == nullptr ? nullptr : d_values + n * work.shape.point_stride,
+        point_tangent_of<Types::kDims, A>(call, b, n), at<A>(call, call.d_image, b),
+        at<A>(call, call.d_coverage, b), AllRows{}, lane_channels(work, item, V));
+  });
+}
+
+template <class Types, int V, Reduce R, class Index>
 __global__ void __launch_bounds__(Launch::kThreads) splat_vjp_kernel(const Work<Index> work) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
   const Call& call = work.call;
   for_items(work, [&](int64_t b, Index n) {
-    const SplatResidual<T> residual = {
-        at<const T>(call, call.ct_image, b), at<const A>(call, call.image, b),
-        at<const A>(call, call.coverage, b), at<const A>(call, call.weight, b),
-        at<const A>(call, call.peak, b),     at<const A>(call, call.ct_coverage, b),
-        static_cast<A>(call.min_coverage)};
     // Of either dtype, see PointCotangent: the batch offset is counted in elements.
     const int64_t first = call.batch.offset(b, call.ct_values.stride);
     const PointCotangent<T> ct_values = {
@@ -192,11 +210,12 @@ __global__ void __launch_bounds__(Launch::kThreads) splat_vjp_kernel(const Work<
                                 : static_cast<void*>(static_cast<T*>(call.ct_values.data) + first),
         call.ct_values.summed};
     A ct_p[D] = {}, ct_w = 0;
-    splat_vjp_point<V, R>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
-                          at<const T>(call, call.values, b) + n * work.shape.point_stride,
-                          importance_of<T>(call, b, n).value, residual, ct_values,
-                          n * work.shape.point_stride, ct_p, ct_w,
-                          lane_channels(work, Index(0), V));
+    splat_vjp_point<V, R>(
+        call.sampling, work.shape, stencil_at<Types>(work, b, n),
+        at<const T>(call, call.values, b) + n * work.shape.point_stride,
+        importance_of<A>(call, b, n).value, splat_residual_of<A>(call, b),
+        at<const T>(call, call.ct_image, b), at<const A>(call, call.ct_coverage, b), ct_values,
+        n * work.shape.point_stride, ct_p, ct_w, lane_channels(work, Index(0), V));
     const PointCotangent<A> ct_points = {at<A>(call, call.ct_points, b), call.ct_points.summed};
     if (ct_points.data != nullptr) {
       JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
@@ -295,6 +314,17 @@ void gather(cudaStream_t stream, const Call& call) {
 }
 
 template <class Types>
+void gather_tangent(cudaStream_t stream, const Call& call) {
+  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
+    using Index = decltype(index);
+    constexpr int V = decltype(pack)::value;
+    const auto work = work_on<Index>(call, call.shape.points, V, true, false);
+    launch(stream, gather_tangent_kernel<Types, V, Index>, work, call.shape.points,
+           call.batch.count);
+  });
+}
+
+template <class Types>
 void gather_vjp(cudaStream_t stream, const Call& call) {
   using A = Accumulator<typename Types::Value>;
   fill_zero<A>(stream, call.ct_image);
@@ -334,6 +364,21 @@ void splat(cudaStream_t stream, const Call& call) {
 }
 
 template <class Types>
+void splat_tangent(cudaStream_t stream, const Call& call) {
+  using A = Accumulator<typename Types::Value>;
+  for (const Operand* output : {&call.d_image, &call.d_coverage}) fill_zero<A>(stream, *output);
+  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
+    using Index = decltype(index);
+    constexpr int V = decltype(pack)::value;
+    const auto work = work_on<Index>(call, call.shape.points, V, true, false);
+    dispatch_reduce<Types>(call, [&](auto reduce) {
+      launch(stream, splat_tangent_kernel<Types, V, decltype(reduce)::value, Index>, work,
+             call.shape.points, call.batch.count);
+    });
+  });
+}
+
+template <class Types>
 void splat_vjp(cudaStream_t stream, const Call& call) {
   using A = Accumulator<typename Types::Value>;
   bool own_points = false;
@@ -361,8 +406,10 @@ void splat_vjp(cudaStream_t stream, const Call& call) {
                          [&](auto types) { jaxwarp::kernel<decltype(types)>(stream, call); }); \
   }
 JAXWARP_CUDA_KERNEL(gather)
+JAXWARP_CUDA_KERNEL(gather_tangent)
 JAXWARP_CUDA_KERNEL(gather_vjp)
 JAXWARP_CUDA_KERNEL(splat)
+JAXWARP_CUDA_KERNEL(splat_tangent)
 JAXWARP_CUDA_KERNEL(splat_vjp)
 
 template struct CudaKernels<Method::JAXWARP_METHOD, JAXWARP_DIMS>;
@@ -396,8 +443,10 @@ template struct CudaKernels<Method::JAXWARP_METHOD, JAXWARP_DIMS>;
                                 {ffi::Traits::kCmdBufferCompatible})
 
 JAXWARP_CUDA_HANDLER(Gather, gather, false);
+JAXWARP_CUDA_HANDLER(GatherTangent, gather_tangent, false);
 JAXWARP_CUDA_HANDLER(GatherVjp, gather_vjp, call.ct_image.data != nullptr);
 JAXWARP_CUDA_HANDLER(Splat, splat, true);
+JAXWARP_CUDA_HANDLER(SplatTangent, splat_tangent, true);
 JAXWARP_CUDA_HANDLER(SplatVjp, splat_vjp, false);
 
 #endif

@@ -59,6 +59,14 @@ def value_and_cotangents(function):
     return compute
 
 
+def value_and_tangent(function):
+    def compute(*arrays):
+        tangents = (jnp.cos(jnp.arange(a.size)).reshape(a.shape).astype(a.dtype) for a in arrays)
+        return jax.jvp(function, arrays, tuple(tangents))
+
+    return compute
+
+
 def with_channels(case, channels, **kwargs):
     arrays = list(case.inputs(**kwargs))
     arrays[0] = np.repeat(arrays[0], -(-channels // cases.CHANNELS), axis=-1)[..., :channels]
@@ -67,9 +75,12 @@ def with_channels(case, channels, **kwargs):
 
 @pytest.mark.parametrize("case", cases.UNDIFFERENTIATED, ids=str)
 def test_every_case(monkeypatch, case):
-    function = value_and_cotangents(case.function(jaxwarp))
-    actual, expected = on_both(monkeypatch, function, *case.inputs())
-    cases.assert_close(actual, expected, TOLERANCE["float64"])
+    for function in (
+        value_and_cotangents(case.function(jaxwarp)),
+        value_and_tangent(case.function(jaxwarp, forward_mode=True)),
+    ):
+        actual, expected = on_both(monkeypatch, function, *case.inputs())
+        cases.assert_close(actual, expected, TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 36])
@@ -78,9 +89,12 @@ def test_every_case(monkeypatch, case):
 def test_packs_and_tails(monkeypatch, case, dtype, channels):
     point_dtype = "float64" if dtype == "float64" else "float32"
     arrays = with_channels(case, channels, dtype=dtype, point_dtype=point_dtype)
-    function = value_and_cotangents(case.function(jaxwarp))
-    actual, expected = on_both(monkeypatch, function, *arrays)
-    cases.assert_close(actual, expected, TOLERANCE[dtype])
+    for function in (
+        value_and_cotangents(case.function(jaxwarp)),
+        value_and_tangent(case.function(jaxwarp, forward_mode=True)),
+    ):
+        actual, expected = on_both(monkeypatch, function, *arrays)
+        cases.assert_close(actual, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("in_axes", [(None, 0), (0, None), (0, 0)], ids=str)

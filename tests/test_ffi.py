@@ -35,11 +35,28 @@ SHAPES = {
     "weight": (5, 6),
     "peak": (5, 6),
     "ct_coverage": (5, 6),
+    "d_image": (5, 6, 3),
+    "d_values": (7, 3),
+    "d_points": (7, 2),
+    "d_importance": (7,),
+    "d_coverage": (5, 6),
 }
 # name -> kernel, inputs, outputs, reductions
 CALLS = {
     "gather": ("jaxwarp_gather", "image points", "values", ["sum"]),
     "gather-peak": ("jaxwarp_gather", "image points importance peak", "values", ["sum"]),
+    "gather_tangent": (
+        "jaxwarp_gather_tangent",
+        "image points d_image d_points",
+        "d_values",
+        ["sum"],
+    ),
+    "gather_tangent-peak": (
+        "jaxwarp_gather_tangent",
+        "image points importance peak d_image d_points d_importance",
+        "d_values",
+        ["sum"],
+    ),
     "gather_vjp": (
         "jaxwarp_gather_vjp",
         "image points ct_values",
@@ -58,6 +75,18 @@ CALLS = {
         "values points importance",
         "image coverage weight peak",
         ["softmax"],
+    ),
+    "splat_tangent": (
+        "jaxwarp_splat_tangent",
+        "values points importance image coverage weight d_values d_points d_importance",
+        "d_image d_coverage",
+        ["sum", "average"],
+    ),
+    "splat_tangent-softmax": (
+        "jaxwarp_splat_tangent",
+        "values points importance image coverage weight peak d_values d_points d_importance",
+        "d_image d_coverage",
+        ["softmax", "sum"],
     ),
     "splat_vjp": (
         "jaxwarp_splat_vjp",
@@ -104,10 +133,12 @@ def test_right_calls_succeed(which):
             assert (np.isfinite(result) | (name == "peak")).all()
 
 
-@pytest.mark.parametrize("which", ["gather", "gather_vjp", "splat-peak"])
+@pytest.mark.parametrize(
+    "which", ["gather", "gather_tangent", "gather_vjp", "splat-peak", "splat_tangent"]
+)
 def test_channels_first(which):
     shapes = {"image": (3, 5, 6), "values": (3, 7)}
-    shapes |= {"ct_" + name: shape for name, shape in shapes.items()}
+    shapes |= {p + name: shape for name, shape in shapes.items() for p in ("ct_", "d_")}
     assert all(
         np.isfinite(r).all() for r in call(which, shapes=shapes, channels_first=True).values()
     )
@@ -121,6 +152,12 @@ def test_channels_first(which):
     ("which", "options"),
     [
         *((which, {"reduce": "average"}) for which in ("gather", "gather_vjp", "splat-peak")),
+        *((which, {"reduce": "average"}) for which in ("gather_tangent", "gather_tangent-peak")),
+        *((which, {"reduce": "softmax"}) for which in ("gather_tangent-peak", "splat_tangent")),
+        *(
+            ("splat_tangent-softmax", option)
+            for option in ({"method": "cubic"}, {"channels_first": True})
+        ),
         *((which, {"reduce": "softmax"}) for which in ("gather", "gather-peak", "splat")),
         *((which, {"reduce": "softmax"}) for which in ("splat-peak", "splat_vjp")),
         *((which, {"reduce": "sum"}) for which in ("splat-softmax", "splat_vjp-softmax")),

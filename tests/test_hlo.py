@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from functools import partial
 
 import cases
 import jax
@@ -90,6 +91,49 @@ def test_a_call_is_one_kernel_and_nothing_else(case):
     instructions = compiled(case.function(jaxwarp), *inputs)
     assert {name for name, _, _ in instructions} <= NAMES | {"custom-call"}
     assert calls(instructions).total() == 1
+
+
+@pytest.mark.parametrize("case", cases.FEW, ids=str)
+def test_a_jvp_is_two_kernels_and_nothing_else(case):
+    inputs = case.inputs(dtype="float32", point_dtype="float32")
+    warp = case.function(jaxwarp, forward_mode=True)
+    instructions = compiled(lambda x, d: jax.jvp(warp, x, d), inputs, inputs)
+    assert {name for name, _, _ in instructions} <= NAMES | {"custom-call"}
+    kernel = "gather" if case.op in ("gather", "backward_warp") else "splat"
+    assert calls(instructions) == {f"jaxwarp_{kernel}": 1, f"jaxwarp_{kernel}_tangent": 1}
+
+
+@pytest.mark.parametrize("reduce", [None, *cases.REDUCTIONS])
+def test_the_transpose_of_an_adjoint_is_one_kernel(reduce):
+    """In its cotangent, as in a gradient of a gradient."""
+    image, flow, w, ct = arrays(IMAGE, (*IMAGE[:2], 2), IMAGE[:2], IMAGE)
+
+    def warp(image, flow, w):
+        if reduce is None:
+            return jaxwarp.backward_warp(image, flow)
+        return jaxwarp.forward_warp(image, flow, importance=w, reduce=reduce)
+
+    def transposed(image, flow, w, ct, d):
+        _, pull = jax.vjp(warp, image, flow, w)
+        return jax.linear_transpose(pull, ct)(d)
+
+    some = compiled(transposed, image, flow, w, ct, (image, flow, w))
+    tangent = "jaxwarp_gather_tangent" if reduce is None else "jaxwarp_splat_tangent"
+    assert calls(some)[tangent] == 1
+    assert calls(some).total() == (2 if reduce in ("average", "softmax") else 1)  # and (5)
+
+
+def test_tangents_do_not_copy_a_shared_image():
+    image, flow, d = arrays(IMAGE, FLOW, (BATCH, *FLOW))
+
+    def push(image, flow, d):
+        warp = partial(jaxwarp.backward_warp, image, forward_mode=True)
+        return jax.jvp(warp, (flow,), (d,))[1]
+
+    instructions = compiled(jax.vmap(push, (None, None, 0)), image, flow, d)
+    assert made(instructions, *IMAGE) == made(instructions, BATCH, *IMAGE) == 0
+    assert made(instructions, BATCH, *FLOW) == 0
+    assert calls(instructions) == {"jaxwarp_gather_tangent": 1}
 
 
 def test_vmap_does_not_copy_a_shared_image():
