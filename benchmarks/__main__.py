@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks.peers import LIBRARIES, PEERS
 
 REFERENCE = "reference"  # jaxwarp.reference, with which all others are compared
 ROUNDS = 3
+NORMALISED = ("torch", "torch channels_last", "torch.compile")  # the positions that they take
 
 
 class Worker:
@@ -72,11 +74,8 @@ def tolerance(case: Case, peer: str) -> float:
     of thousands; sums in another order; one rounding to bfloat16 and one of its cotangents."""
     if case.dtype == "bfloat16":
         return 2.0**-6
-    single = 5e-3 if case.operation == "grid_sample" or peer in PEERS_NORMALISED else 1e-4
+    single = 5e-3 if case.operation == "grid_sample" or peer in NORMALISED else 1e-4
     return single if case.dtype == "float32" else 1e-9
-
-
-PEERS_NORMALISED = ("torch", "torch channels_last", "torch.compile")
 
 
 def summary(times: list[float]) -> dict:
@@ -86,11 +85,11 @@ def summary(times: list[float]) -> dict:
 
 def run(case: Case, peers: list[str], workers: dict[str, Worker], *, seconds: float) -> list[dict]:
     """The entries of a case, one for each peer."""
-    entries = {peer: {"case": case.as_dict(), "peer": peer} for peer in peers}
+    entries = {peer: {"case": asdict(case), "peer": peer} for peer in peers}
     everyone = [REFERENCE, *(peer for peer in peers if peer != REFERENCE)]
     for peer in everyone:  # all at once: compiling takes longer than measuring
         timed = peer in peers
-        workers[PEERS[peer]].send(do="build", peer=peer, timed=timed, case=case.as_dict())
+        workers[PEERS[peer]].send(do="build", peer=peer, timed=timed, case=asdict(case))
     built = {peer: workers[PEERS[peer]].receive() for peer in everyone}
     for peer in peers:
         entries[peer] |= built[peer]

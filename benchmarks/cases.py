@@ -4,7 +4,7 @@ Only NumPy is needed here, so that every peer's process builds the same arrays b
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 
 import ml_dtypes
@@ -76,9 +76,6 @@ class Case:
             "all gradients": ("out", "image", "flow", *weight),
             "jvp": ("out", "d_out"),
         }[self.order]
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
     def bytes(self) -> int:
         """What must be read and written at least, each once."""

@@ -15,7 +15,9 @@ NOTES = (
 MEANING = (
     "Warm: the call inside a loop with buffers reused; cold: one call as a user makes it. "
     "Copy: the time to copy as many bytes as the case must read and write once, into an array "
-    "that is there already (warm) or by a jitted call (cold). Median [quartiles] in ms."
+    "that is there already (warm) or by a jitted call (cold). Median [quartiles] in ms. "
+    "Smooth flows are of 8 pixels, random ones of +-64. All gradients: with the value. "
+    "xla: a few lines of jnp, gathers or scatters, under jit."
 )
 
 
@@ -124,7 +126,7 @@ def _ratios(data: dict, mode: str) -> str:
                 _short(copy) if copy else "",
                 _short(figure["to_copy"]) if copy else "",
                 figure.get("best_peer", ""),
-                _short(figure.get("faster_than_best_peer", float("nan"))),
+                _short(figure["faster_than_best_peer"]) if "best_peer" in figure else "",
             ]
         )
     head = ["operation", "result", "size", "flow", "dtype", "jaxwarp", "copy"]
