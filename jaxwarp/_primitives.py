@@ -7,6 +7,7 @@ The only file that knows jax.interpreters.
     *_vjp_p    the fused adjoint of each, (2) and (6): one kernel for all cotangents asked for
     *_tangent_p  how the result moves with all operands, in one kernel: jvp; the fused adjoint is
                  its transpose, and it is that of the fused adjoint
+    gather_vjp_tangent_p  the same for (2), of the points: second order
 
 Every operand has the same number of leading batch axes, each of the common size or of size 1, which
 broadcasts without a copy; vmap adds such an axis. So vmap is done before differentiation, and the
@@ -98,7 +99,7 @@ def accumulator(dtype: DTypeLike) -> np.dtype:
 
 def _core(name: str, dims: int, sampling: Sampling) -> Labels:
     """The axes of an operand behind its batch axes."""
-    kind = name.removeprefix("ct_").removeprefix("d_")
+    kind = name.removeprefix("d_").removeprefix("ct_")
     spatial = tuple(f"{SPATIAL}{a}" for a in range(dims))
     grid = tuple(f"{GRID}{a}" for a in range(dims if sampling.displacement else 1))
     if kind == "points":
@@ -186,6 +187,11 @@ def _vjp_outputs(operands: Operands, sampling: Sampling, wants: Wants, **_: Any)
 
 def _gather_tangent_outputs(operands: Operands, **params: Any) -> Operands:
     return {"d_values": _gather_outputs(operands, **params)["values"]}
+
+
+def _gather_vjp_tangent_outputs(operands: Operands, sampling: Sampling, wants: Wants) -> Operands:
+    found = _vjp_outputs(operands, sampling, wants)
+    return {"d_ct_points": found["ct_points"]}
 
 
 def _splat_tangent_outputs(operands: Operands, *, reduction: Reduction, **params: Any) -> Operands:
@@ -637,6 +643,11 @@ gather_p = _define("jaxwarp_gather", _gather_outputs, partial(_run_kernel, "jaxw
 gather_vjp_p = _define(
     "jaxwarp_gather_vjp", _vjp_outputs, partial(_run_kernel, "jaxwarp_gather_vjp")
 )
+gather_vjp_tangent_p = _define(
+    "jaxwarp_gather_vjp_tangent",
+    _gather_vjp_tangent_outputs,
+    partial(_run_kernel, "jaxwarp_gather_vjp_tangent"),
+)
 gather_tangent_p = _define(
     "jaxwarp_gather_tangent",
     _gather_tangent_outputs,
@@ -859,8 +870,8 @@ def _composed_jvp(
     again, so its tangents are not used. A peak is a constant."""
     operands = dict(zip(names, primals, strict=True))
     d = _nonzero(names, tangents)
-    of_gather = primitive is gather_tangent_p
-    constant = ("peak",) if of_gather else ("peak", "image", "coverage", "weight")
+    of_splat = primitive in (splat_tangent_p, splat_vjp_p)
+    constant = ("peak", "image", "coverage", "weight") if of_splat else ("peak",)
     d = {n: t for n, t in d.items() if n not in constant}
     results = _bind(primitive, outputs, operands, **params)
     at = {n: operands[n] for n in d}
@@ -871,7 +882,7 @@ def _composed_jvp(
 def _gather_vjp_jvp(
     primals: Any, tangents: Any, *, names: tuple[str, ...], sampling: Sampling, wants: Wants
 ) -> Any:
-    """Of (2): how the splat moves, and the products of (2) with one factor moved."""
+    """Of (2): how the splat of the image's cotangent moves, and how that of the points does."""
     operands = dict(zip(names, primals, strict=True))
     d = _nonzero(names, tangents)
     results = _bind(gather_vjp_p, _vjp_outputs, operands, sampling=sampling, wants=wants)
@@ -884,26 +895,73 @@ def _gather_vjp_jvp(
         params = {"sampling": sampling.linear(), "shape": shape, "reduction": PLAIN}
         d_results["ct_image"] = SPLAT.push(primal, {}, moved, **params)["image"]
     if "ct_points" in results and d:
-        points_alone = tuple((n, batch) for n, batch in wants if n == "points")
-
-        def pull(at: Operands, sampling: Sampling = sampling) -> Array:
-            return _bind(
-                gather_vjp_p, _vjp_outputs, operands | at, sampling=sampling, wants=points_alone
-            )["ct_points"]
-
-        parts = []
-        if "image" in d:
-            parts.append(pull({"image": d["image"]}, sampling.linear()))
-        if "ct_values" in d:
-            parts.append(pull({"ct_values": d["ct_values"]}))
-        if "points" in d:
-            parts += [
-                pull({}, sampling.raised(a)) * d["points"][..., a : a + 1]
-                for a in range(operands["points"].shape[-1])
-            ]
-        d_results["ct_points"] = sum(parts[1:], parts[0])
+        named = operands | {"d_" + n: t for n, t in d.items()}
+        of_points = tuple((n, batch) for n, batch in wants if n == "points")
+        found = _bind(
+            gather_vjp_tangent_p,
+            _gather_vjp_tangent_outputs,
+            named,
+            sampling=sampling,
+            wants=of_points,
+        )
+        d_results["ct_points"] = found["d_ct_points"]
     zeros = {n: ad.Zero(jax.typeof(x).to_tangent_aval()) for n, x in results.items()}
     return list(results.values()), list((zeros | d_results).values())
+
+
+def _gather_vjp_tangent(
+    operands: Operands, outputs: Operands, *, sampling: Sampling, wants: Wants
+) -> Operands:
+    """(2) of the points, with one factor moved at a time."""
+    at = {n: operands[n] for n in ("image", "points", "ct_values")}
+
+    def pull(moved: Operands, sampling: Sampling = sampling) -> Array:
+        return _bind(gather_vjp_p, _vjp_outputs, at | moved, sampling=sampling, wants=wants)[
+            "ct_points"
+        ]
+
+    parts = []
+    if "d_image" in operands:
+        parts.append(pull({"image": operands["d_image"]}, sampling.linear()))
+    if "d_ct_values" in operands:
+        parts.append(pull({"ct_values": operands["d_ct_values"]}))
+    if "d_points" in operands:
+        parts += [
+            pull({}, sampling.raised(a)) * operands["d_points"][..., a : a + 1]
+            for a in range(at["points"].shape[-1])
+        ]
+    return {"d_ct_points": sum(parts[1:], parts[0])}
+
+
+def _gather_vjp_tangent_transpose(
+    cts: Any, *arrays: Any, names: tuple[str, ...], sampling: Sampling, wants: Wants
+) -> list[Any]:
+    """In the points it is its own transpose, as a matrix of second derivatives is."""
+    linear = {n: x.aval for n, x in zip(names, arrays, strict=True) if ad.is_undefined_primal(x)}
+    at = {n: x for n, x in zip(names, arrays, strict=True) if not n.startswith("d_")}
+    split = _split(at | linear, sampling)
+    (ct,) = cts
+    found: Operands = {}
+    if type(ct) is not ad.Zero:
+        moved = {"points": ct}
+        if "d_image" in linear:
+            primal = {"values": at["ct_values"], "points": at["points"]}
+            given = {"sampling": sampling.linear(), "reduction": PLAIN}
+            shape = _planes(linear["d_image"], sampling)
+            found["d_image"] = SPLAT.push(primal, {}, moved, shape=shape, **given)["image"]
+        if "d_ct_values" in linear:
+            primal = {n: at[n] for n in ("image", "points")}
+            found["d_ct_values"] = GATHER.push(primal, {}, moved, sampling=sampling)["values"]
+        if "d_points" in linear:
+            found["d_points"] = _bind(
+                gather_vjp_tangent_p,
+                _gather_vjp_tangent_outputs,
+                at | {"d_points": ct},
+                sampling=sampling,
+                wants=(("points", split["d_points"][0]),),
+            )["d_ct_points"]
+    fitted = {n: _fit_batch(x, split[n][0]) for n, x in found.items()}
+    return [fitted.get(n, ad.Zero(linear[n])) if n in linear else None for n in names]
 
 
 def _adjoint_transpose(
@@ -956,10 +1014,12 @@ for _op in (GATHER, SPLAT):
     ad.primitive_transposes[_op.tangent] = partial(_tangent_transpose, _op)
 for _fused in (
     (gather_tangent_p, _gather_tangent_outputs, _gather_tangent),
+    (gather_vjp_tangent_p, _gather_vjp_tangent_outputs, _gather_vjp_tangent),
     (splat_tangent_p, _splat_tangent_outputs, _splat_tangent),
     (splat_vjp_p, _vjp_outputs, _splat_vjp),
 ):
     ad.primitive_jvps[_fused[0]] = partial(_composed_jvp, *_fused)
 ad.primitive_jvps[gather_vjp_p] = _gather_vjp_jvp
+ad.primitive_transposes[gather_vjp_tangent_p] = _gather_vjp_tangent_transpose
 ad.primitive_transposes[gather_vjp_p] = partial(_adjoint_transpose, GATHER)
 ad.primitive_transposes[splat_vjp_p] = partial(_adjoint_transpose, SPLAT)

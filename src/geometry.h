@@ -55,6 +55,9 @@ inline constexpr Signature kGatherTangent = {
     "image:T points:P importance:A? peak:A? d_image:T? d_points:A? d_importance:A?", "d_values:T"};
 inline constexpr Signature kGatherVjp = {"jaxwarp_gather_vjp", "image:T points:P ct_values:T",
                                          "ct_image:A? ct_points:A"};
+inline constexpr Signature kGatherVjpTangent = {
+    "jaxwarp_gather_vjp_tangent",
+    "image:T points:P ct_values:T d_image:T? d_points:A? d_ct_values:T?", "d_ct_points:A"};
 inline constexpr Signature kSplat = {"jaxwarp_splat", "values:T points:P importance:A? peak:A?",
                                      "image:A coverage:A? weight:A? peak:A?"};
 inline constexpr Signature kSplatTangent = {
@@ -82,6 +85,7 @@ struct Call {
   Operand image, points, values, importance, coverage, weight, peak;
   Operand d_image, d_points, d_values, d_importance, d_coverage;
   Operand ct_image, ct_points, ct_values, ct_importance, ct_coverage;
+  Operand d_ct_points, d_ct_values;
 };
 
 // What a kernel reads and writes, of batch element b; null where the operand is absent.
@@ -180,6 +184,8 @@ class Decoder {
       {"ct_values", Kind::kValues, &Call::ct_values},
       {"ct_importance", Kind::kScalars, &Call::ct_importance},
       {"ct_coverage", Kind::kPlane, &Call::ct_coverage},
+      {"d_ct_points", Kind::kPoints, &Call::d_ct_points},
+      {"d_ct_values", Kind::kValues, &Call::d_ct_values},
   };
   struct Bound {
     const Slot* slot;
@@ -474,7 +480,7 @@ class Decoder {
       }
       return;
     }
-    if (is(kGather) || is(kGatherTangent) || is(kGatherVjp)) return fail("only a splat is reduced");
+    if (!is(kSplat) && !is(kSplatTangent) && !is(kSplatVjp)) return fail("only a splat is reduced");
     if (call_.channels_first) fail("channels_first: only a sum takes it");
     if (call_.sampling.method == Method::kCubic) fail("method 'cubic': only a sum takes it");
     if (!find("image") || !find("coverage")) fail("an average needs image and coverage");

@@ -4,12 +4,13 @@
 
 #include "xla/ffi/api/c_api.h"
 
-#define JAXWARP_HANDLERS(X)                \
-  X(jaxwarp_gather, Gather)                \
-  X(jaxwarp_gather_tangent, GatherTangent) \
-  X(jaxwarp_gather_vjp, GatherVjp)         \
-  X(jaxwarp_splat, Splat)                  \
-  X(jaxwarp_splat_tangent, SplatTangent)   \
+#define JAXWARP_HANDLERS(X)                       \
+  X(jaxwarp_gather, Gather)                       \
+  X(jaxwarp_gather_tangent, GatherTangent)        \
+  X(jaxwarp_gather_vjp, GatherVjp)                \
+  X(jaxwarp_gather_vjp_tangent, GatherVjpTangent) \
+  X(jaxwarp_splat, Splat)                         \
+  X(jaxwarp_splat_tangent, SplatTangent)          \
   X(jaxwarp_splat_vjp, SplatVjp)
 
 #define JAXWARP_DECLARE(target, Handler) extern "C" XLA_FFI_Error* Handler(XLA_FFI_CallFrame*);

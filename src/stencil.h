@@ -251,12 +251,16 @@ struct Stencil {
     return inside ? sum : -1;
   }
 
-  // The factors of g(p, k), axis a differentiated order[a] times; and once more, for d/dp.
+  // The factors of g(p, k), axis a differentiated order[a] times; and once and twice more, for
+  // d/dp.
   JAXWARP_HD void weights(const Sampling& sampling, AxisWeights& w) const {
     differentiated_weights(sampling, 0, w);
   }
   JAXWARP_HD void slopes(const Sampling& sampling, AxisWeights& dw) const {
     differentiated_weights(sampling, 1, dw);
+  }
+  JAXWARP_HD void curvatures(const Sampling& sampling, AxisWeights& ddw) const {
+    differentiated_weights(sampling, 2, ddw);
   }
   static JAXWARP_HD Real weight(int k, const AxisWeights& w) {
     Real product = w[0][tap(k, 0)];
@@ -267,6 +271,15 @@ struct Stencil {
   static JAXWARP_HD Real weight(int k, const AxisWeights& w, const AxisWeights& dw, int raised) {
     Real product = 1;
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) product *= (a == raised ? dw : w)[a][tap(k, a)];
+    return product;
+  }
+  // The same, raised along axis a and along axis b.
+  static JAXWARP_HD Real weight(int k, const AxisWeights& w, const AxisWeights& dw,
+                                const AxisWeights& ddw, int a, int b) {
+    Real product = 1;
+    JAXWARP_UNROLL for (int i = 0; i < D; ++i) {
+      product *= (i == a && i == b ? ddw : i == a || i == b ? dw : w)[i][tap(k, i)];
+    }
     return product;
   }
   // dp . dg(p, k)/dp

@@ -368,6 +368,68 @@ JAXWARP_HD void gather_vjp_point(const Sampling& sampling, const Shape<Index>& s
   });
 }
 
+// (2) as the image, the point and the cotangent move, of the points alone: that of the image is a
+// splat.  d_ct_points = sum_j (dI(j) . ct_out + I(j) . d_ct_out) dg(p, j)/dp
+//                     + sum_j (I(j) . ct_out) d^2g(p, j)/dp^2 dp
+// is added to `d_ct_points`. d_image and d_ct_out may be null.
+template <int V, class S, class T, class Ch, class Index = typename S::Index>
+JAXWARP_HD void gather_vjp_tangent_point(const Sampling& sampling, const Shape<Index>& shape,
+                                         const S& at, const T* image, const T* ct_out,
+                                         const T* d_image, const T* d_ct_out,
+                                         const PointTangent<S::kDims, Accumulator<T>>& d_point,
+                                         Accumulator<T> (&d_ct_points)[S::kDims],
+                                         const Ch& channels) {
+  using A = Accumulator<T>;
+  constexpr int D = S::kDims;
+  typename S::AxisWeights w, dw, ddw;
+  at.weights(sampling, w);
+  at.slopes(sampling, dw);
+  at.curvatures(sampling, ddw);
+  const Corners<S> corner(at, shape.stride, w);
+  A pull[S::kCorners], dot[S::kCorners];  // dI(j) . ct_out + I(j) . d_ct_out, I(j) . ct_out
+  choose(corner.plain, [&](auto plain) JAXWARP_INLINE {
+    if (!plain && !corner.any_inside()) {
+      if (channels.count == 0) return;  // an empty sum is 0, even of NaN
+      JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
+        d_ct_points[a] += value_outside<A>(sampling, at.place, true, true);
+      }
+      return;
+    }
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { pull[k] = dot[k] = 0; });
+    channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
+      constexpr int N = decltype(width)::value;
+      A ct[N], d_ct[N], v[N], d_v[N];
+      JAXWARP_UNROLL for (int i = 0; i < N; ++i) d_ct[i] = 0;
+      load<N>(ct_out + c * shape.point_channel_stride, ct);
+      if (d_ct_out != nullptr) load<N>(d_ct_out + c * shape.point_channel_stride, d_ct);
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        const Index place = corner.offset[k] + c * shape.channel_stride;
+        const bool inside = plain || corner.offset[k] >= 0;
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) {
+          v[i] = static_cast<A>(sampling.fill);
+          d_v[i] = 0;
+        }
+        if (inside) load<N>(image + place, v);
+        if (inside && d_image != nullptr) load<N>(d_image + place, d_v);
+        JAXWARP_UNROLL for (int i = 0; i < N; ++i) {
+          dot[k] += v[i] * ct[i];
+          if (d_ct_out != nullptr) pull[k] += v[i] * d_ct[i];
+          pull[k] += d_v[i] * ct[i];
+        }
+      });
+    });
+    add_slopes<S>(w, dw, pull, d_ct_points);
+    JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
+      JAXWARP_UNROLL for (int b = 0; b < D; ++b) {
+        for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+          const A curvature = S::weight(k, w, dw, ddw, a, b) * d_point.points[b];
+          if (curvature != 0) d_ct_points[a] += curvature * dot[k];
+        });
+      }
+    }
+  });
+}
+
 // m_j:  peak(j) = max(peak(j), logit)  for the corners in `rows` that have a weight.
 template <class S, class A, class RowsT, class Index = typename S::Index>
 JAXWARP_HD void peak_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,

@@ -15,6 +15,7 @@ struct CpuKernels {
   static void gather(ffi::ThreadPool& pool, const Call& call);
   static void gather_tangent(ffi::ThreadPool& pool, const Call& call);
   static void gather_vjp(ffi::ThreadPool& pool, const Call& call);
+  static void gather_vjp_tangent(ffi::ThreadPool& pool, const Call& call);
   static void splat(ffi::ThreadPool& pool, const Call& call);
   static void splat_tangent(ffi::ThreadPool& pool, const Call& call);
   static void splat_vjp(ffi::ThreadPool& pool, const Call& call);
@@ -315,6 +316,30 @@ void gather_vjp(ffi::ThreadPool& pool, const Call& call) {
 }
 
 template <class Types>
+void gather_vjp_tangent(ffi::ThreadPool& pool, const Call& call) {
+  constexpr int D = Types::kDims;
+  using T = typename Types::Value;
+  using A = Accumulator<T>;
+  const auto channels = all_channels(call);
+  fill_zero_if_summed<A>(pool, call.d_ct_points, call.d_ct_points.count);
+  for_blocks(pool, call, call.d_ct_points.summed, [&](int64_t b, int64_t begin, int64_t end) {
+    const T* d_ct_values = at<const T>(call, call.d_ct_values, b);
+    const PointCotangent<A> target = {at<A>(call, call.d_ct_points, b), call.d_ct_points.summed};
+    for_points<Types>(call, b, begin, end, [&](int64_t n, const auto& p) {
+      const StencilOf<Types> stencil(p, call.shape.size, call.sampling.boundary);
+      const int64_t first = n * call.shape.point_stride;
+      A d_ct[D] = {};
+      gather_vjp_tangent_point<kPack>(
+          call.sampling, call.shape, stencil, at<const T>(call, call.image, b),
+          at<const T>(call, call.ct_values, b) + first, at<const T>(call, call.d_image, b),
+          d_ct_values == nullptr ? nullptr : d_ct_values + first,
+          point_tangent_of<D, A>(call, b, n), d_ct, channels);
+      target.template emit<D>(n * D, d_ct);
+    });
+  });
+}
+
+template <class Types>
 void splat(ffi::ThreadPool& pool, const Call& call) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
@@ -437,6 +462,7 @@ void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
 JAXWARP_CPU_KERNEL(gather)
 JAXWARP_CPU_KERNEL(gather_tangent)
 JAXWARP_CPU_KERNEL(gather_vjp)
+JAXWARP_CPU_KERNEL(gather_vjp_tangent)
 JAXWARP_CPU_KERNEL(splat)
 JAXWARP_CPU_KERNEL(splat_tangent)
 JAXWARP_CPU_KERNEL(splat_vjp)
@@ -461,6 +487,7 @@ template struct CpuKernels<Method::JAXWARP_METHOD, JAXWARP_DIMS>;
 JAXWARP_CPU_HANDLER(Gather, gather);
 JAXWARP_CPU_HANDLER(GatherTangent, gather_tangent);
 JAXWARP_CPU_HANDLER(GatherVjp, gather_vjp);
+JAXWARP_CPU_HANDLER(GatherVjpTangent, gather_vjp_tangent);
 JAXWARP_CPU_HANDLER(Splat, splat);
 JAXWARP_CPU_HANDLER(SplatTangent, splat_tangent);
 JAXWARP_CPU_HANDLER(SplatVjp, splat_vjp);

@@ -12,6 +12,7 @@ struct CudaKernels {
   static void gather(cudaStream_t stream, const Call& call);
   static void gather_tangent(cudaStream_t stream, const Call& call);
   static void gather_vjp(cudaStream_t stream, const Call& call);
+  static void gather_vjp_tangent(cudaStream_t stream, const Call& call);
   static void splat(cudaStream_t stream, const Call& call);
   static void splat_tangent(cudaStream_t stream, const Call& call);
   static void splat_vjp(cudaStream_t stream, const Call& call);
@@ -125,6 +126,30 @@ __global__ void __launch_bounds__(Launch::kThreads) gather_vjp_kernel(const Work
     const PointCotangent<A> target = {at<A>(call, call.ct_points, b), call.ct_points.summed};
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
       const A one[1] = {ct[a]};
+      target.template emit<1>(n * D + a, one);
+    }
+  });
+}
+
+template <class Types, int V, class Index>
+__global__ void __launch_bounds__(Launch::kThreads)
+    gather_vjp_tangent_kernel(const Work<Index> work) {
+  constexpr int D = Types::kDims;
+  using T = typename Types::Value;
+  using A = Accumulator<T>;
+  const Call& call = work.call;
+  for_items(work, [&](int64_t b, Index n) {
+    const Index first = n * work.shape.point_stride;
+    const T* d_ct_values = at<const T>(call, call.d_ct_values, b);
+    A d_ct[D] = {};
+    gather_vjp_tangent_point<V>(
+        call.sampling, work.shape, stencil_at<Types>(work, b, n), at<const T>(call, call.image, b),
+        at<const T>(call, call.ct_values, b) + first, at<const T>(call, call.d_image, b),
+        d_ct_values == nullptr ? nullptr : d_ct_values + first, point_tangent_of<D, A>(call, b, n),
+        d_ct, lane_channels(work, Index(0), V));
+    const PointCotangent<A> target = {at<A>(call, call.d_ct_points, b), call.d_ct_points.summed};
+    JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
+      const A one[1] = {d_ct[a]};
       target.template emit<1>(n * D + a, one);
     }
   });
@@ -338,6 +363,19 @@ void gather_vjp(cudaStream_t stream, const Call& call) {
 }
 
 template <class Types>
+void gather_vjp_tangent(cudaStream_t stream, const Call& call) {
+  using A = Accumulator<typename Types::Value>;
+  if (call.d_ct_points.summed) fill_zero<A>(stream, call.d_ct_points);
+  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
+    using Index = decltype(index);
+    constexpr int V = decltype(pack)::value;
+    const auto work = work_on<Index>(call, call.shape.points, V, false, call.d_ct_points.summed);
+    launch(stream, gather_vjp_tangent_kernel<Types, V, Index>, work, call.shape.points,
+           call.batch.count);
+  });
+}
+
+template <class Types>
 void splat(cudaStream_t stream, const Call& call) {
   using A = Accumulator<typename Types::Value>;
   for (const Operand* output : {&call.image, &call.coverage, &call.weight})
@@ -408,6 +446,7 @@ void splat_vjp(cudaStream_t stream, const Call& call) {
 JAXWARP_CUDA_KERNEL(gather)
 JAXWARP_CUDA_KERNEL(gather_tangent)
 JAXWARP_CUDA_KERNEL(gather_vjp)
+JAXWARP_CUDA_KERNEL(gather_vjp_tangent)
 JAXWARP_CUDA_KERNEL(splat)
 JAXWARP_CUDA_KERNEL(splat_tangent)
 JAXWARP_CUDA_KERNEL(splat_vjp)
@@ -445,6 +484,7 @@ template struct CudaKernels<Method::JAXWARP_METHOD, JAXWARP_DIMS>;
 JAXWARP_CUDA_HANDLER(Gather, gather, false);
 JAXWARP_CUDA_HANDLER(GatherTangent, gather_tangent, false);
 JAXWARP_CUDA_HANDLER(GatherVjp, gather_vjp, call.ct_image.data != nullptr);
+JAXWARP_CUDA_HANDLER(GatherVjpTangent, gather_vjp_tangent, false);
 JAXWARP_CUDA_HANDLER(Splat, splat, true);
 JAXWARP_CUDA_HANDLER(SplatTangent, splat_tangent, true);
 JAXWARP_CUDA_HANDLER(SplatVjp, splat_vjp, false);

@@ -97,6 +97,16 @@ def test_packs_and_tails(monkeypatch, case, dtype, channels):
         cases.assert_close(actual, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("case", [c for c in cases.FEW if c.arguments[0] == "image"], ids=str)
+def test_second_order(monkeypatch, case, dtype):
+    point_dtype = "float64" if dtype == "float64" else "float32"
+    arrays = with_channels(case, 8, dtype=dtype, point_dtype=point_dtype)
+    function = value_and_tangent(value_and_cotangents(case.function(jaxwarp)))
+    actual, expected = on_both(monkeypatch, function, *arrays)
+    cases.assert_close(actual, expected, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("in_axes", [(None, 0), (0, None), (0, 0)], ids=str)
 @pytest.mark.parametrize("case", [c for c in cases.FEW if not c.weighted], ids=str)
 def test_shared_operands(monkeypatch, case, in_axes):

@@ -40,6 +40,8 @@ SHAPES = {
     "d_points": (7, 2),
     "d_importance": (7,),
     "d_coverage": (5, 6),
+    "d_ct_values": (7, 3),
+    "d_ct_points": (7, 2),
 }
 # name -> kernel, inputs, outputs, reductions
 CALLS = {
@@ -61,6 +63,12 @@ CALLS = {
         "jaxwarp_gather_vjp",
         "image points ct_values",
         "ct_image ct_points",
+        ["sum"],
+    ),
+    "gather_vjp_tangent": (
+        "jaxwarp_gather_vjp_tangent",
+        "image points ct_values d_image d_points d_ct_values",
+        "d_ct_points",
         ["sum"],
     ),
     "splat": (
@@ -134,11 +142,19 @@ def test_right_calls_succeed(which):
 
 
 @pytest.mark.parametrize(
-    "which", ["gather", "gather_tangent", "gather_vjp", "splat-peak", "splat_tangent"]
+    "which",
+    [
+        "gather",
+        "gather_tangent",
+        "gather_vjp",
+        "gather_vjp_tangent",
+        "splat-peak",
+        "splat_tangent",
+    ],
 )
 def test_channels_first(which):
     shapes = {"image": (3, 5, 6), "values": (3, 7)}
-    shapes |= {p + name: shape for name, shape in shapes.items() for p in ("ct_", "d_")}
+    shapes |= {p + name: s for name, s in shapes.items() for p in ("ct_", "d_", "d_ct_")}
     assert all(
         np.isfinite(r).all() for r in call(which, shapes=shapes, channels_first=True).values()
     )
@@ -153,6 +169,7 @@ def test_channels_first(which):
     [
         *((which, {"reduce": "average"}) for which in ("gather", "gather_vjp", "splat-peak")),
         *((which, {"reduce": "average"}) for which in ("gather_tangent", "gather_tangent-peak")),
+        ("gather_vjp_tangent", {"reduce": "average"}),
         *((which, {"reduce": "softmax"}) for which in ("gather_tangent-peak", "splat_tangent")),
         *(
             ("splat_tangent-softmax", option)

@@ -123,6 +123,28 @@ def test_the_transpose_of_an_adjoint_is_one_kernel(reduce):
     assert calls(some).total() == (2 if reduce in ("average", "softmax") else 1)  # and (5)
 
 
+def test_second_order_of_a_gather_is_a_few_kernels():
+    image, flow, ct = arrays(IMAGE, (*IMAGE[:2], 2), IMAGE)
+
+    def pulled(image, flow, ct):
+        return jax.vjp(jaxwarp.backward_warp, image, flow)[1](ct)
+
+    def forward(every, d):
+        return jax.jvp(pulled, every, d)
+
+    def reverse(every, cts):
+        return jax.vjp(pulled, *every)[1](cts)
+
+    every = (image, flow, ct)
+    assert calls(compiled(forward, every, every)) == {
+        "jaxwarp_gather_vjp": 1,
+        "jaxwarp_gather_vjp_tangent": 1,
+        "jaxwarp_splat_tangent": 1,
+    }
+    found = calls(compiled(reverse, every, (image, flow)))
+    assert found["jaxwarp_gather_vjp_tangent"] == 1 and found.total() <= 4
+
+
 def test_tangents_do_not_copy_a_shared_image():
     image, flow, d = arrays(IMAGE, FLOW, (BATCH, *FLOW))
 

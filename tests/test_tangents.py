@@ -187,6 +187,28 @@ def test_batches(case, shared):
     cases.assert_close(mapped(jaxwarp, forward_mode=True), mapped(reference), EXACT)
 
 
+@pytest.mark.parametrize("boundary", cases.BOUNDARIES)
+@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_second_order_forward_over_reverse(dims, method, boundary):
+    """How (2) moves, with each operand alone and with all; positions of every kind."""
+    fill = {"fill_value": 0.5} if boundary == "constant" else {}
+    case = cases.Case("gather", dims, {"method": method, "boundary": boundary, **fill})
+    arrays = case.inputs()
+    ct = np.cos(np.arange(48 * cases.CHANNELS)).reshape(48, cases.CHANNELS)
+    every = (*arrays, ct)
+    d = tangents(every)
+
+    def pulled(module):
+        function = case.function(module)
+        return lambda image, points, ct: jax.vjp(function, image, points)[1](ct)
+
+    for moved in ((0,), (1,), (2,), (0, 1, 2)):
+        some = tuple(t * (i in moved) for i, t in enumerate(d))
+        expected = pushed(pulled(reference), every, some)
+        cases.assert_close(pushed(pulled(jaxwarp), every, some), expected, 1e-11)
+
+
 @pytest.mark.parametrize("case", cases.FEW, ids=str)
 def test_second_order_reverse_over_reverse(case):
     """The transposed adjoints, with cotangents of each result alone and of all."""
