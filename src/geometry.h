@@ -95,22 +95,14 @@ JAXWARP_HD T* at(const Call& call, const Operand& operand, int64_t b) {
   return static_cast<T*>(operand.data) + call.batch.offset(b, operand.stride);
 }
 
-template <class A>
-JAXWARP_HD Importance<A> importance_of(const Call& call, int64_t b, int64_t n) {
-  const A* importance = at<const A>(call, call.importance, b);
-  return {importance == nullptr ? A(1) : importance[n], at<const A>(call, call.peak, b)};
+template <class A, Importances K = Importances::kAny>
+JAXWARP_HD ImportanceField<A, K> importances_of(const Call& call, int64_t b) {
+  return {at<const A>(call, call.importance, b), at<const A>(call, call.peak, b)};
 }
 
 template <int D, class A>
-JAXWARP_HD PointTangent<D, A> point_tangent_of(const Call& call, int64_t b, int64_t n) {
-  const A* d_points = at<const A>(call, call.d_points, b);
-  const A* d_importance = at<const A>(call, call.d_importance, b);
-  PointTangent<D, A> d_point;
-  JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
-    d_point.points[a] = d_points == nullptr ? A(0) : d_points[n * D + a];
-  }
-  d_point.importance = d_importance == nullptr ? A(0) : d_importance[n];
-  return d_point;
+JAXWARP_HD PointTangents<D, A> point_tangents_of(const Call& call, int64_t b) {
+  return {at<const A>(call, call.d_points, b), at<const A>(call, call.d_importance, b)};
 }
 
 template <class A>
@@ -516,6 +508,21 @@ void dispatch_types(const Call& call, Body body) {
     default:
       return body(Types<M, D, float>{});
   }
+}
+
+// Calls body(integral_constant) for the importances of the call; only a splat takes some without a
+// peak.
+template <bool kSplat, class Body>
+void dispatch_importances(const Call& call, Body body) {
+  if (call.importance.data == nullptr) {
+    return body(std::integral_constant<Importances, Importances::kOne>{});
+  }
+  if constexpr (kSplat) {
+    if (call.peak.data == nullptr) {
+      return body(std::integral_constant<Importances, Importances::kWeight>{});
+    }
+  }
+  body(std::integral_constant<Importances, Importances::kAny>{});
 }
 
 // Calls body(integral_constant) for the reduction of the call; only a sum takes cubic weights.

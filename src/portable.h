@@ -1,6 +1,6 @@
-// What differs between a C++ and a CUDA compiler: function qualifiers, half-precision storage, sums
-// and maxima in memory that others may be writing too. Everything else in the mathematics is
-// written once, for both.
+// What differs between a C++ and a CUDA compiler: function qualifiers, half-precision storage,
+// numbers side by side, sums and maxima in memory that others may be writing too. Everything else
+// in the mathematics is written once, for both.
 #pragma once
 
 #include <cmath>
@@ -117,6 +117,128 @@ JAXWARP_HD float16 narrow<float16>(float v) {
 #endif
 }
 
+// V numbers that are computed with side by side, such as neighbouring channels: a vector of the
+// host's compiler, an array in a device's registers.
+template <class A, int V>
+struct Lanes {
+#if defined(__CUDACC__)
+  A lane[V];
+#else
+  static constexpr int kRoom = V == 3 ? 4 : V;  // of the fourth, nobody asks
+  typedef A Vector __attribute__((vector_size(kRoom * sizeof(A))));
+  Vector lane;
+#endif
+
+  Lanes() = default;
+  JAXWARP_HD explicit Lanes(A all) {
+#if defined(__CUDACC__)
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) lane[i] = all;
+#else
+    lane = all - Vector{};  // -0 stays -0
+#endif
+  }
+  JAXWARP_HD explicit Lanes(const A (&each)[V]) {
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) lane[i] = each[i];
+  }
+#if defined(__CUDACC__)
+  JAXWARP_HD Lanes& operator+=(const Lanes& other) {
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) lane[i] += other.lane[i];
+    return *this;
+  }
+  friend JAXWARP_HD Lanes operator+(Lanes x, const Lanes& y) {
+    x += y;
+    return x;
+  }
+  friend JAXWARP_HD Lanes operator-(Lanes x, const Lanes& y) {
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) x.lane[i] -= y.lane[i];
+    return x;
+  }
+  friend JAXWARP_HD Lanes operator*(Lanes x, const Lanes& y) {
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) x.lane[i] *= y.lane[i];
+    return x;
+  }
+  friend JAXWARP_HD Lanes operator*(A scale, Lanes x) {
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) x.lane[i] *= scale;
+    return x;
+  }
+  friend JAXWARP_HD Lanes operator/(Lanes x, A divisor) {
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) x.lane[i] /= divisor;
+    return x;
+  }
+#else
+  JAXWARP_HD Lanes& operator+=(const Lanes& other) {
+    lane += other.lane;
+    return *this;
+  }
+  friend JAXWARP_HD Lanes operator+(Lanes x, const Lanes& y) {
+    x.lane += y.lane;
+    return x;
+  }
+  friend JAXWARP_HD Lanes operator-(Lanes x, const Lanes& y) {
+    x.lane -= y.lane;
+    return x;
+  }
+  friend JAXWARP_HD Lanes operator*(Lanes x, const Lanes& y) {
+    x.lane *= y.lane;
+    return x;
+  }
+  friend JAXWARP_HD Lanes operator*(A scale, Lanes x) {
+    x.lane *= scale;
+    return x;
+  }
+  friend JAXWARP_HD Lanes operator/(Lanes x, A divisor) {
+    x.lane /= divisor;
+    return x;
+  }
+#endif
+};
+
+// A dot product over channels that come V or fewer at a time. On the host each lane has a sum of
+// its own until the end; on a device the registers are too few.
+template <class A, int V>
+class Dot {
+ public:
+#if defined(__CUDACC__)
+  template <int N>
+  JAXWARP_HD void add(const Lanes<A, N>& x, const Lanes<A, N>& y) {
+    JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum_ += x.lane[i] * y.lane[i];
+  }
+  JAXWARP_HD A total() const { return sum_; }
+
+ private:
+  A sum_ = 0;
+#else
+  template <int N>
+  JAXWARP_HD void add(const Lanes<A, N>& x, const Lanes<A, N>& y) {
+    if constexpr (N == V) {
+      sum_ += x * y;
+    } else if constexpr (N == 4) {
+      rest_ += x * y;
+    } else {
+      JAXWARP_UNROLL for (int i = 0; i < N; ++i) rest_.lane[i] += x.lane[i] * y.lane[i];
+    }
+  }
+  // Halves are added to each other, whatever V is: so a few channels have one order of summation.
+  JAXWARP_HD A total() const {
+    A part[V];
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) part[i] = sum_.lane[i];
+    if constexpr (V >= 4) {  // fewer are never a part of more
+      JAXWARP_UNROLL for (int i = 4; i < V; ++i) part[i - 4] += part[i];
+      JAXWARP_UNROLL for (int i = 0; i < 4; ++i) part[i] += rest_.lane[i];
+    }
+    JAXWARP_UNROLL for (int i = 2; i < (V < 4 ? V : 4); ++i) part[i - 2] += part[i];
+    if constexpr (V > 1) part[0] += part[1];
+    return part[0];
+  }
+
+ private:
+  static_assert(V <= 8);
+  Lanes<A, V> sum_ = Lanes<A, V>(A(0));
+  Lanes<A, 4> rest_ = Lanes<A, 4>(A(0));
+#endif
+};
+
+#if defined(__CUDACC__) || defined(JAXWARP_CUDA_SHIM)
 #if !defined(JAXWARP_CUDA_SHIM)  // the shim checks it
 template <class T>
 JAXWARP_HD T* aligned(T* place) {
@@ -130,21 +252,73 @@ struct alignas(sizeof(T) * (V == 3 ? 1 : V)) Pack {
   T value[V];
 };
 
+template <int V, bool kMayReadOn = false, class T>
+JAXWARP_HD Lanes<Accumulator<T>, V> load(const T* source) {
+  const Pack<T, V> pack = *aligned(reinterpret_cast<const Pack<T, V>*>(source));
+  Lanes<Accumulator<T>, V> v;
+  JAXWARP_UNROLL for (int i = 0; i < V; ++i) v.lane[i] = widen(pack.value[i]);
+  return v;
+}
+
+template <int V, class T>
+JAXWARP_HD void store(T* target, const Lanes<Accumulator<T>, V>& v) {
+  Pack<T, V> pack;
+  JAXWARP_UNROLL for (int i = 0; i < V; ++i) pack.value[i] = narrow<T>(v.lane[i]);
+  *aligned(reinterpret_cast<Pack<T, V>*>(target)) = pack;
+}
+
+#else
+// Values at any address, as the host's compiler moves them at once.
+template <class T, int V>
+struct Unaligned {
+  typedef T Vector __attribute__((vector_size(V * sizeof(T)), aligned(alignof(T))));
+};
+
+// kMayReadOn: the value behind them may be read as well, which makes one access of three values.
+template <int V, bool kMayReadOn = false, class T>
+JAXWARP_HD Lanes<Accumulator<T>, V> load(const T* source) {
+  Lanes<Accumulator<T>, V> v;
+  if constexpr (!std::is_same_v<T, Accumulator<T> >) {
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) v.lane[i] = widen(source[i]);
+  } else if constexpr (V == 3 && !kMayReadOn) {
+    const auto pair = *reinterpret_cast<const typename Unaligned<T, 2>::Vector*>(source);
+    v.lane = typename Lanes<T, 3>::Vector{pair[0], pair[1], source[2], 0};
+  } else {
+    constexpr int kRead = V == 3 ? 4 : V;
+    v.lane = *reinterpret_cast<const typename Unaligned<T, kRead>::Vector*>(source);
+  }
+  return v;
+}
+
+template <int V, class T>
+JAXWARP_HD void store(T* target, const Lanes<Accumulator<T>, V>& v) {
+  if constexpr (!std::is_same_v<T, Accumulator<T> >) {
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) target[i] = narrow<T>(v.lane[i]);
+  } else if constexpr (V == 3) {
+    using Pair = typename Unaligned<T, 2>::Vector;
+    *reinterpret_cast<Pair*>(target) = Pair{v.lane[0], v.lane[1]};
+    target[2] = v.lane[2];
+  } else {
+    *reinterpret_cast<typename Unaligned<T, V>::Vector*>(target) = v.lane;
+  }
+}
+#endif
+
 #if defined(JAXWARP_DEVICE_ARCH)
 // Other threads may add to the same place. Vector reductions exist for float32 from sm_90 on; V > 1
 // is chosen only where the address is aligned to the pack.
 template <int V, class A>
-__device__ __forceinline__ void add_to(A* target, const A (&v)[V]) {
+__device__ __forceinline__ void add_to(A* target, const Lanes<A, V>& v) {
 #if JAXWARP_DEVICE_ARCH >= 900
   if constexpr (sizeof(A) == 4 && V % 4 == 0) {
     JAXWARP_UNROLL for (int i = 0; i < V; i += 4) {
       atomicAdd(reinterpret_cast<float4*>(target + i),
-                make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]));
+                make_float4(v.lane[i], v.lane[i + 1], v.lane[i + 2], v.lane[i + 3]));
     }
   } else
 #endif
   {
-    JAXWARP_UNROLL for (int i = 0; i < V; ++i) atomicAdd(target + i, v[i]);
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) atomicAdd(target + i, A(v.lane[i]));
   }
 }
 
@@ -163,8 +337,10 @@ __device__ __forceinline__ void max_to(A* target, A v) {
 #else
 // On the host whoever adds owns the target (a band of rows, or the only thread).
 template <int V, class A>
-JAXWARP_HD void add_to(A* target, const A (&v)[V]) {
-  JAXWARP_UNROLL for (int i = 0; i < V; ++i) target[i] += v[i];
+JAXWARP_HD void add_to(A* target, const Lanes<A, V>& v) {
+  Lanes<A, V> sum = load<V>(target);
+  sum += v;
+  store<V>(target, sum);
 }
 template <class A>
 JAXWARP_HD void max_to(A* target, A v) {

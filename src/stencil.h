@@ -58,25 +58,21 @@ JAXWARP_HD Real weight_coefficient(int tap, int power, Real a) {
 }
 
 // d^Order of the weight of one tap at t, the distance from the left corner of the cell, in [0, 1):
-// at a kink this is the right-hand derivative.
-template <Method M, int Order, class Real>
-JAXWARP_HD Real tap_weight(Real t, int tap, Real a) {
+// at a kink this is the right-hand derivative. T: a number, or several side by side.
+template <Method M, int Order, class T, class Real>
+JAXWARP_HD T tap_weight(const T& t, int tap, Real a) {
   constexpr int kDegree = kTaps<M> - 1;
-  if constexpr (Order > kDegree) {
-    return 0;
-  } else {
-    Real sum = 0;
-    JAXWARP_UNROLL for (int power = kDegree; power >= Order; --power) {
-      Real coefficient = weight_coefficient<M>(tap, power, a);
-      JAXWARP_UNROLL for (int i = 0; i < Order; ++i) coefficient *= static_cast<Real>(power - i);
-      sum = power == kDegree ? coefficient : sum * t + coefficient;
-    }
-    return sum;
+  T sum(Real(0));
+  JAXWARP_UNROLL for (int power = kDegree; power >= Order; --power) {
+    Real coefficient = weight_coefficient<M>(tap, power, a);
+    JAXWARP_UNROLL for (int i = 0; i < Order; ++i) coefficient *= static_cast<Real>(power - i);
+    sum = power == kDegree ? T(coefficient) : sum * t + T(coefficient);
   }
+  return sum;
 }
 
-template <Method M, int Order, class Real>
-JAXWARP_HD void axis_weights_of(Real t, Real a, Real (&weight)[kTaps<M>]) {
+template <Method M, int Order, class T, class Real>
+JAXWARP_HD void axis_weights_of(const T& t, Real a, T (&weight)[kTaps<M>]) {
   JAXWARP_UNROLL for (int tap = 0; tap < kTaps<M>; ++tap) weight[tap] =
       tap_weight<M, Order>(t, tap, a);
 }
@@ -178,11 +174,15 @@ struct Stencil {
       D == 2 ? kAxisTaps * kAxisTaps : kAxisTaps * kAxisTaps * kAxisTaps;
   using AxisWeights = Real[D][kAxisTaps];
 
+  static constexpr bool kPlain = false;
+
   Place place;
   bool interior;   // every corner lies inside
   Index first[D];  // integer coordinate of the first corner
   Real t[D];
   Index folded[D][kAxisTaps];  // see corner_index; only where not interior
+
+  Stencil() = default;
 
   JAXWARP_HD Stencil(const Real (&p)[D], const Index* size, Boundary boundary) {
     Real finite = 0;
@@ -262,9 +262,10 @@ struct Stencil {
   JAXWARP_HD void curvatures(const Sampling& sampling, AxisWeights& ddw) const {
     differentiated_weights(sampling, 2, ddw);
   }
-  static JAXWARP_HD Real weight(int k, const AxisWeights& w) {
-    Real product = w[0][tap(k, 0)];
-    JAXWARP_UNROLL for (int a = 1; a < D; ++a) product *= w[a][tap(k, a)];
+  template <class T>
+  static JAXWARP_HD T weight(int k, const T (&w)[D][kAxisTaps]) {
+    T product = w[0][tap(k, 0)];
+    JAXWARP_UNROLL for (int a = 1; a < D; ++a) product = product * w[a][tap(k, a)];
     return product;
   }
   // The same with axis `raised` taken from `dw`, whose orders are one higher.
@@ -294,6 +295,47 @@ struct Stencil {
   JAXWARP_HD void differentiated_weights(const Sampling& sampling, int more, AxisWeights& w) const {
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
       axis_weights<M>(t[a], sampling.order[a] + more, static_cast<Real>(sampling.cubic_a), w[a]);
+    }
+  }
+};
+
+// A position all of whose corners lie inside, with a pixel behind each in its row, and weigh
+// something, with no derivative asked for: what most positions are. The caller has made sure of
+// that.
+template <Method M, int D, class Real, class Index>
+struct PlainStencil : Stencil<M, D, Real, Index> {
+  using Base = Stencil<M, D, Real, Index>;
+  using typename Base::AxisWeights;
+  static constexpr bool kPlain = true;
+
+  Index pixel;                         // the first corner's place in a plane
+  Real corner_weight[Base::kCorners];  // as weight() gives them
+  JAXWARP_HD PlainStencil() {
+    Base::place = Place::kFinite;
+    Base::interior = true;
+  }
+
+  // Strides are multiples of that along the first axis.
+  JAXWARP_HD Index offset(int k, const Index* stride) const {
+    Index sum = pixel * stride[0];
+    JAXWARP_UNROLL for (int a = 0; a < D; ++a) sum += Base::tap(k, a) * stride[a];
+    return sum;
+  }
+  JAXWARP_HD void weights(const Sampling& sampling, AxisWeights& w) const {
+    differentiated_weights<0>(sampling, w);
+  }
+  JAXWARP_HD void slopes(const Sampling& sampling, AxisWeights& dw) const {
+    differentiated_weights<1>(sampling, dw);
+  }
+  JAXWARP_HD void curvatures(const Sampling& sampling, AxisWeights& ddw) const {
+    differentiated_weights<2>(sampling, ddw);
+  }
+
+ private:
+  template <int Order>
+  JAXWARP_HD void differentiated_weights(const Sampling& sampling, AxisWeights& w) const {
+    JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
+      axis_weights_of<M, Order>(Base::t[a], static_cast<Real>(sampling.cubic_a), w[a]);
     }
   }
 };

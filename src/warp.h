@@ -26,10 +26,12 @@ struct Shape {
 template <int V>
 using Width = std::integral_constant<int, V>;
 
-// Which channels one caller works on: packs of V from `first`, every `step`. The last pack may be
+// Which channels one caller works on: packs of V from `first`, every `step`. The last packs may be
 // shorter, unless the caller knows that the channels divide into whole packs.
 template <class Index, bool kWholePacks = false>
 struct Channels {
+  template <int V>
+  static constexpr int kWidest = V;
   Index first, step, count;
   bool contiguous;
 
@@ -44,7 +46,13 @@ struct Channels {
     }
     for (; c + V <= count; c += step) body(c, Width<V>{});
     if constexpr (V > 1 && !kWholePacks) {
-      static_assert(V <= 4);
+      static_assert(V <= 8);
+      if constexpr (V > 4) {
+        if (count - c >= 4) {
+          body(c, Width<4>{});
+          c += 4;
+        }
+      }
       const Index rest = count - c;
       if (rest == 1) body(c, Width<1>{});
       if constexpr (V > 2) {
@@ -57,27 +65,19 @@ struct Channels {
   }
 };
 
-// On a device one aligned access; on the host no alignment is promised.
-template <int V, class T>
-JAXWARP_HD void load(const T* source, Accumulator<T> (&v)[V]) {
-#if defined(JAXWARP_DEVICE_ARCH)
-  const Pack<T, V> pack = *aligned(reinterpret_cast<const Pack<T, V>*>(source));
-  JAXWARP_UNROLL for (int i = 0; i < V; ++i) v[i] = widen(pack.value[i]);
-#else
-  JAXWARP_UNROLL for (int i = 0; i < V; ++i) v[i] = widen(source[i]);
-#endif
-}
+// So many channels side by side as the compiler knows.
+template <class Index, int C>
+struct FixedChannels {
+  template <int V>
+  static constexpr int kWidest = C;
+  static constexpr Index first = 0, count = C;
 
-template <int V, class T>
-JAXWARP_HD void store(T* target, const Accumulator<T> (&v)[V]) {
-#if defined(JAXWARP_DEVICE_ARCH)
-  Pack<T, V> pack;
-  JAXWARP_UNROLL for (int i = 0; i < V; ++i) pack.value[i] = narrow<T>(v[i]);
-  *aligned(reinterpret_cast<Pack<T, V>*>(target)) = pack;
-#else
-  JAXWARP_UNROLL for (int i = 0; i < V; ++i) target[i] = narrow<T>(v[i]);
-#endif
-}
+  template <int V, class Body>
+  JAXWARP_HD void for_packs(Body body) const {
+    static_assert(C <= V);
+    body(Index(0), Width<C>{});
+  }
+};
 
 // A cotangent with one entry per point. Where several batch elements share the primal, it is their
 // sum, kept in the accumulator's dtype: one caller owns the point and visits the batch elements in
@@ -88,10 +88,10 @@ struct PointCotangent {
   bool summed;
 
   template <int V, class Index>
-  JAXWARP_HD void emit(Index i, const Accumulator<T> (&v)[V]) const {
+  JAXWARP_HD void emit(Index i, const Lanes<Accumulator<T>, V>& v) const {
     if (summed) {
       Accumulator<T>* sum = static_cast<Accumulator<T>*>(data) + i;
-      JAXWARP_UNROLL for (int j = 0; j < V; ++j) sum[j] += v[j];
+      JAXWARP_UNROLL for (int j = 0; j < V; ++j) sum[j] += v.lane[j];
     } else {
       store<V>(static_cast<T*>(data) + i, v);
     }
@@ -124,15 +124,33 @@ JAXWARP_HD A softmax_weight(A logit, A peak) {
   return std::exp(exponent > 0 ? A(0) : exponent);
 }
 
+// What a compiler may know of the importances: all are 1; none has a peak; nothing.
+enum class Importances { kOne, kWeight, kAny };
+
 // The importance of one source: w_i, or, where the peak is given, the logit of w_ij.
-template <class A>
+template <class A, Importances K>
 struct Importance {
+  static constexpr bool kIsOne = K == Importances::kOne;
   A value;
   const A* peak;
 
+  JAXWARP_HD bool peaks() const { return K == Importances::kAny && peak != nullptr; }
+
   template <class Index>
   JAXWARP_HD A at(Index j) const {
-    return peak == nullptr ? value : softmax_weight(value, peak[j]);
+    return peaks() ? softmax_weight(value, peak[j]) : value;
+  }
+};
+
+// Those of all sources of a batch element; without values each is 1.
+template <class A, Importances K = Importances::kAny>
+struct ImportanceField {
+  const A* values;
+  const A* peak;
+
+  template <class Index>
+  JAXWARP_HD Importance<A, K> of(Index n) const {
+    return {K == Importances::kOne || values == nullptr ? A(1) : values[n], peak};
   }
 };
 
@@ -142,6 +160,27 @@ struct PointTangent {
   A points[D];
   A importance;
 };
+template <int D, class A>
+struct PointTangents {
+  const A* points;
+  const A* importance;
+
+  template <class Index>
+  JAXWARP_HD PointTangent<D, A> of(Index n) const {
+    PointTangent<D, A> d_point;
+    JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
+      d_point.points[a] = points == nullptr ? A(0) : points[n * D + a];
+    }
+    d_point.importance = importance == nullptr ? A(0) : importance[n];
+    return d_point;
+  }
+};
+
+// Is a factor of a weight so far from zero that no product of three underflows?
+template <class A>
+JAXWARP_HD bool weighs(A factor) {
+  return factor * factor > A(1e-24);
+}
 
 // The corners of one position as places in the image and weights.
 template <class S>
@@ -153,22 +192,30 @@ struct Corners {
   bool plain;  // all inside, no weight zero or nearly so: the loops need no test
 
   JAXWARP_HD Corners(const S& at, const Index* stride, const typename S::AxisWeights& w) {
-    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { weight[k] = S::weight(k, w); });
-    plain = at.interior;
-    JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) {
-      JAXWARP_UNROLL for (int tap = 0; tap < S::kAxisTaps; ++tap) {
-        plain = plain && w[a][tap] * w[a][tap] > A(1e-24);  // no product of three underflows
+    if constexpr (S::kPlain) {
+      plain = true;
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        weight[k] = at.corner_weight[k];
+        offset[k] = at.offset(k, stride);
+      });
+    } else {
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { weight[k] = S::weight(k, w); });
+      plain = at.interior;
+      JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) {
+        JAXWARP_UNROLL for (int tap = 0; tap < S::kAxisTaps; ++tap) {
+          plain = plain && weighs(w[a][tap]);
+        }
       }
+      Index corner = 0;
+      if (at.interior) {
+        JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) corner += at.first[a] * stride[a];
+      }
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        offset[k] = corner;
+        JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) offset[k] += S::tap(k, a) * stride[a];
+        if (!at.interior) offset[k] = at.offset(k, stride);
+      });
     }
-    Index corner = 0;
-    if (at.interior) {
-      JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) corner += at.first[a] * stride[a];
-    }
-    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-      offset[k] = corner;
-      JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) offset[k] += S::tap(k, a) * stride[a];
-      if (!at.interior) offset[k] = at.offset(k, stride);
-    });
   }
 
   JAXWARP_HD bool any_inside() const {
@@ -218,22 +265,21 @@ JAXWARP_HD void add_slopes(const typename S::AxisWeights& w, const typename S::A
   JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) {
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
       const A slope = S::weight(k, w, dw, a);
-      if (slope != 0) ct_points[a] += slope * pull[k];
+      if (S::kPlain || slope != 0) ct_points[a] += slope * pull[k];
     });
   }
 }
 
 // (1)  out = sum_j g(p, j) I(j), with g differentiated sampling.order times; where the importance
 // has a peak, out = sum_j w_j g(p, j) I(j).
-template <int V, class S, class T, class Ch, class Index = typename S::Index>
+template <int V, class S, class T, class I, class Ch, class Index = typename S::Index>
 JAXWARP_HD void gather_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,
-                             const T* image, const Importance<Accumulator<T>>& importance, T* out,
-                             const Ch& channels) {
+                             const T* image, const I& importance, T* out, const Ch& channels) {
   using A = Accumulator<T>;
   typename S::AxisWeights w;
   at.weights(sampling, w);
   Corners<S> corner(at, shape.stride, w);
-  if (importance.peak != nullptr) {
+  if (importance.peaks()) {
     corner.plain = false;
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
       if (corner.offset[k] >= 0) {
@@ -252,15 +298,14 @@ JAXWARP_HD void gather_point(const Sampling& sampling, const Shape<Index>& shape
     }
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
-      A sum[N], v[N];
-      JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] = beyond ? fill : A(0);
+      Lanes<A, N> sum(beyond ? fill : A(0));
       for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
         if (!plain && (beyond || corner.weight[k] == 0)) return;
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = fill;
+        Lanes<A, N> v(fill);
         if (plain || corner.offset[k] >= 0) {
-          load<N>(image + corner.offset[k] + c * shape.channel_stride, v);
+          v = load<N, S::kPlain>(image + corner.offset[k] + c * shape.channel_stride);
         }
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] += corner.weight[k] * v[i];
+        sum += corner.weight[k] * v;
       });
       store<N>(out + c * shape.point_channel_stride, sum);
     });
@@ -270,10 +315,10 @@ JAXWARP_HD void gather_point(const Sampling& sampling, const Shape<Index>& shape
 // (1) as the image, the point and the logit move:
 //      d_out = sum_j w_j g(p, j) dI(j) + w_j (dp . dg(p, j)/dp + dlogit g(p, j)) I(j).
 // Without a peak, w_j is 1. d_image may be null.
-template <int V, class S, class T, class Ch, class Index = typename S::Index>
+template <int V, class S, class T, class I, class Ch, class Index = typename S::Index>
 JAXWARP_HD void gather_tangent_point(const Sampling& sampling, const Shape<Index>& shape,
-                                     const S& at, const T* image,
-                                     const Importance<Accumulator<T>>& importance, const T* d_image,
+                                     const S& at, const T* image, const I& importance,
+                                     const T* d_image,
                                      const PointTangent<S::kDims, Accumulator<T>>& d_point,
                                      T* d_out, const Ch& channels) {
   using A = Accumulator<T>;
@@ -285,33 +330,29 @@ JAXWARP_HD void gather_tangent_point(const Sampling& sampling, const Shape<Index
   bool any_change = false;
   for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
     change[k] = S::weight_tangent(k, w, dw, d_point.points);
-    if (importance.peak != nullptr && corner.offset[k] >= 0) {
+    if (importance.peaks() && corner.offset[k] >= 0) {
       const A factor = importance.at(at.offset(k, shape.plane_stride));
       change[k] = factor * (change[k] + d_point.importance * corner.weight[k]);
       corner.weight[k] *= factor;
     }
     any_change = any_change || change[k] != 0;
   });
-  choose(corner.plain && importance.peak == nullptr, [&](auto plain) JAXWARP_INLINE {
+  choose(corner.plain && !importance.peaks(), [&](auto plain) JAXWARP_INLINE {
     const bool beyond = !plain && !corner.any_inside();
     const A fill = beyond ? value_outside<A>(sampling, at.place, true, any_change)
                           : static_cast<A>(sampling.fill);
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
-      A sum[N], v[N];
-      JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] = beyond ? fill : A(0);
+      Lanes<A, N> sum(beyond ? fill : A(0));
       for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
         if (!plain && beyond) return;
         const bool inside = plain || corner.offset[k] >= 0;
         const Index place = corner.offset[k] + c * shape.channel_stride;
         if (plain || change[k] != 0) {
-          JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = fill;
-          if (inside) load<N>(image + place, v);
-          JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] += change[k] * v[i];
+          sum += change[k] * (inside ? load<N, S::kPlain>(image + place) : Lanes<A, N>(fill));
         }
         if (d_image != nullptr && inside && (plain || corner.weight[k] != 0)) {
-          load<N>(d_image + place, v);
-          JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum[i] += corner.weight[k] * v[i];
+          sum += corner.weight[k] * load<N, S::kPlain>(d_image + place);
         }
       });
       store<N>(d_out + c * shape.point_channel_stride, sum);
@@ -343,28 +384,27 @@ JAXWARP_HD void gather_vjp_point(const Sampling& sampling, const Shape<Index>& s
       }
       return;
     }
-    A dot[S::kCorners];  // I(j) . ct_out
+    Dot<A, Ch::template kWidest<V>> dot[S::kCorners];  // I(j) . ct_out
     bool adds[S::kCorners];
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-      dot[k] = 0;
       adds[k] = ct_image != nullptr && (plain || (corner.weight[k] != 0 && corner.offset[k] >= 0 &&
                                                   rows.contain(at.index(k, D - 1))));
     });
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
-      A ct[N], v[N];
-      load<N>(ct_out + c * shape.point_channel_stride, ct);
+      const Lanes<A, N> ct = load<N>(ct_out + c * shape.point_channel_stride);
       for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
         const Index place = corner.offset[k] + c * shape.channel_stride;
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = static_cast<A>(sampling.fill);
-        if (plain || corner.offset[k] >= 0) load<N>(image + place, v);
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) dot[k] += v[i] * ct[i];
+        Lanes<A, N> v(static_cast<A>(sampling.fill));
+        if (plain || corner.offset[k] >= 0) v = load<N, S::kPlain>(image + place);
+        dot[k].add(v, ct);
         if (plain ? ct_image == nullptr : !adds[k]) return;
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = corner.weight[k] * ct[i];
-        add_to<N>(ct_image + place, v);
+        add_to<N>(ct_image + place, corner.weight[k] * ct);
       });
     });
-    add_slopes<S>(w, dw, dot, ct_points);
+    A pull[S::kCorners];
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { pull[k] = dot[k].total(); });
+    add_slopes<S>(w, dw, pull, ct_points);
   });
 }
 
@@ -386,7 +426,8 @@ JAXWARP_HD void gather_vjp_tangent_point(const Sampling& sampling, const Shape<I
   at.slopes(sampling, dw);
   at.curvatures(sampling, ddw);
   const Corners<S> corner(at, shape.stride, w);
-  A pull[S::kCorners], dot[S::kCorners];  // dI(j) . ct_out + I(j) . d_ct_out, I(j) . ct_out
+  Dot<A, Ch::template kWidest<V>> dot[S::kCorners];    // I(j) . ct_out
+  Dot<A, Ch::template kWidest<V>> d_dot[S::kCorners];  // dI(j) . ct_out + I(j) . d_ct_out
   choose(corner.plain, [&](auto plain) JAXWARP_INLINE {
     if (!plain && !corner.any_inside()) {
       if (channels.count == 0) return;  // an empty sum is 0, even of NaN
@@ -395,35 +436,29 @@ JAXWARP_HD void gather_vjp_tangent_point(const Sampling& sampling, const Shape<I
       }
       return;
     }
-    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { pull[k] = dot[k] = 0; });
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
-      A ct[N], d_ct[N], v[N], d_v[N];
-      JAXWARP_UNROLL for (int i = 0; i < N; ++i) d_ct[i] = 0;
-      load<N>(ct_out + c * shape.point_channel_stride, ct);
-      if (d_ct_out != nullptr) load<N>(d_ct_out + c * shape.point_channel_stride, d_ct);
+      const Lanes<A, N> ct = load<N>(ct_out + c * shape.point_channel_stride);
+      Lanes<A, N> d_ct(A(0));
+      if (d_ct_out != nullptr) d_ct = load<N>(d_ct_out + c * shape.point_channel_stride);
       for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
         const Index place = corner.offset[k] + c * shape.channel_stride;
         const bool inside = plain || corner.offset[k] >= 0;
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) {
-          v[i] = static_cast<A>(sampling.fill);
-          d_v[i] = 0;
-        }
-        if (inside) load<N>(image + place, v);
-        if (inside && d_image != nullptr) load<N>(d_image + place, d_v);
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) {
-          dot[k] += v[i] * ct[i];
-          if (d_ct_out != nullptr) pull[k] += v[i] * d_ct[i];
-          pull[k] += d_v[i] * ct[i];
-        }
+        Lanes<A, N> v(static_cast<A>(sampling.fill));
+        if (inside) v = load<N, S::kPlain>(image + place);
+        dot[k].add(v, ct);
+        if (d_ct_out != nullptr) d_dot[k].add(v, d_ct);
+        if (inside && d_image != nullptr) d_dot[k].add(load<N, S::kPlain>(d_image + place), ct);
       });
     });
+    A pull[S::kCorners];
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { pull[k] = d_dot[k].total(); });
     add_slopes<S>(w, dw, pull, d_ct_points);
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
       JAXWARP_UNROLL for (int b = 0; b < D; ++b) {
         for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
           const A curvature = S::weight(k, w, dw, ddw, a, b) * d_point.points[b];
-          if (curvature != 0) d_ct_points[a] += curvature * dot[k];
+          if (curvature != 0) d_ct_points[a] += curvature * dot[k].total();
         });
       }
     }
@@ -446,11 +481,11 @@ JAXWARP_HD void peak_point(const Sampling& sampling, const Shape<Index>& shape, 
 
 // (5), before the division:  image(j) += w g(p, j) f,  coverage(j) += g(p, j),
 // weight(j) += w g(p, j),  for the corners in `rows`. The planes may be null.
-template <int V, class S, class T, class RowsT, class Ch, class Index = typename S::Index>
+template <int V, class S, class T, class I, class RowsT, class Ch, class Index = typename S::Index>
 JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,
-                            const T* values, const Importance<Accumulator<T>>& importance,
-                            Accumulator<T>* image, Accumulator<T>* coverage, Accumulator<T>* weight,
-                            const RowsT& rows, const Ch& channels) {
+                            const T* values, const I& importance, Accumulator<T>* image,
+                            Accumulator<T>* coverage, Accumulator<T>* weight, const RowsT& rows,
+                            const Ch& channels) {
   using A = Accumulator<T>;
   constexpr int D = S::kDims;
   typename S::AxisWeights w;
@@ -463,27 +498,24 @@ JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape,
       scale[k] = importance.value * corner.weight[k];
       writes[k] = plain || (corner.weight[k] != 0 && corner.offset[k] >= 0 &&
                             rows.contain(at.index(k, D - 1)));
-      if (importance.peak != nullptr && writes[k]) {
+      if (importance.peaks() && writes[k]) {
         scale[k] = importance.at(at.offset(k, shape.plane_stride)) * corner.weight[k];
       }
     });
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
-      A f[N], v[N];
-      load<N>(values + c * shape.point_channel_stride, f);
+      const Lanes<A, N> f = load<N>(values + c * shape.point_channel_stride);
       for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-        if ((!plain && !writes[k]) || scale[k] == 0) return;
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = scale[k] * f[i];
-        add_to<N>(image + corner.offset[k] + c * shape.channel_stride, v);
+        if ((!plain && !writes[k]) || (!I::kIsOne && scale[k] == 0)) return;
+        add_to<N>(image + corner.offset[k] + c * shape.channel_stride, scale[k] * f);
       });
     });
     if (coverage == nullptr || channels.first != 0) return;
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
       if (!plain && !writes[k]) return;
       const Index j = at.offset(k, shape.plane_stride);
-      const A g[1] = {corner.weight[k]}, wg[1] = {scale[k]};
-      add_to<1>(coverage + j, g);
-      if (weight != nullptr) add_to<1>(weight + j, wg);
+      add_to<1>(coverage + j, Lanes<A, 1>(corner.weight[k]));
+      if (weight != nullptr) add_to<1>(weight + j, Lanes<A, 1>(scale[k]));
     });
   });
 }
@@ -502,10 +534,8 @@ JAXWARP_HD void normalise_pixel(const Shape<Index>& shape, A* image, A coverage,
   const bool hole = is_hole(coverage, weight, min_coverage);
   channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
     constexpr int N = decltype(width)::value;
-    A v[N];
-    load<N>(image + c * shape.channel_stride, v);
-    JAXWARP_UNROLL for (int i = 0; i < N; ++i) v[i] = hole ? fill : v[i] / weight;
-    store<N>(image + c * shape.channel_stride, v);
+    const Lanes<A, N> sum = load<N>(image + c * shape.channel_stride);
+    store<N>(image + c * shape.channel_stride, hole ? Lanes<A, N>(fill) : sum / weight);
   });
 }
 
@@ -531,12 +561,15 @@ struct SplatResidual {
 //      d_image(j) += w g(p, j) / D(j) df + (w dp . dg(p, j)/dp + dw g(p, j)) / D(j) (f - out(j)),
 //      d_coverage(j) += dp . dg(p, j)/dp,  for the corners in `rows`.
 // With a peak, dw is w dlogit. d_values and d_coverage may be null.
-template <int V, Reduce R, class S, class T, class RowsT, class Ch, class Index = typename S::Index>
-JAXWARP_HD void splat_tangent_point(
-    const Sampling& sampling, const Shape<Index>& shape, const S& at, const T* values,
-    const Importance<Accumulator<T>>& importance, const SplatResidual<Accumulator<T>>& residual,
-    const T* d_values, const PointTangent<S::kDims, Accumulator<T>>& d_point,
-    Accumulator<T>* d_image, Accumulator<T>* d_coverage, const RowsT& rows, const Ch& channels) {
+template <int V, Reduce R, class S, class T, class I, class RowsT, class Ch,
+          class Index = typename S::Index>
+JAXWARP_HD void splat_tangent_point(const Sampling& sampling, const Shape<Index>& shape,
+                                    const S& at, const T* values, const I& importance,
+                                    const SplatResidual<Accumulator<T>>& residual,
+                                    const T* d_values,
+                                    const PointTangent<S::kDims, Accumulator<T>>& d_point,
+                                    Accumulator<T>* d_image, Accumulator<T>* d_coverage,
+                                    const RowsT& rows, const Ch& channels) {
   using A = Accumulator<T>;
   constexpr bool kDivides = R != Reduce::kSum;
   typename S::AxisWeights w, dw;
@@ -552,33 +585,33 @@ JAXWARP_HD void splat_tangent_point(
     writes[k] = corner.offset[k] >= 0 && rows.contain(at.index(k, S::kDims - 1));
     if (!writes[k]) return;
     const Index j = at.offset(k, shape.plane_stride);
-    const A dg[1] = {S::weight_tangent(k, w, dw, d_point.points)};
-    if (d_coverage != nullptr && channels.first == 0 && dg[0] != 0) add_to<1>(d_coverage + j, dg);
+    const A dg = S::weight_tangent(k, w, dw, d_point.points);
+    if (d_coverage != nullptr && channels.first == 0 && dg != 0) {
+      add_to<1>(d_coverage + j, Lanes<A, 1>(dg));
+    }
     A weight = importance.value, d_weight = d_point.importance, divisor = 1;
-    if (importance.peak != nullptr) {
+    if (importance.peaks()) {
       weight = importance.at(j);
       d_weight *= weight;
     }
     if constexpr (kDivides) writes[k] = residual.divides(j, divisor);
     share[k] = weight * corner.weight[k] / divisor;
-    change[k] = (weight * dg[0] + d_weight * corner.weight[k]) / divisor;
+    change[k] = (weight * dg + d_weight * corner.weight[k]) / divisor;
     plain = plain && writes[k];
   });
   choose(plain, [&](auto plain) JAXWARP_INLINE {
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
-      A f[N], df[N], out[N], v[N];
-      JAXWARP_UNROLL for (int i = 0; i < N; ++i) df[i] = out[i] = 0;
-      load<N>(values + c * shape.point_channel_stride, f);
-      if (d_values != nullptr) load<N>(d_values + c * shape.point_channel_stride, df);
+      const Lanes<A, N> f = load<N>(values + c * shape.point_channel_stride);
+      Lanes<A, N> df(A(0));
+      if (d_values != nullptr) df = load<N>(d_values + c * shape.point_channel_stride);
       for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
         if (!plain && (!writes[k] || (share[k] == 0 && change[k] == 0))) return;
         const Index place = corner.offset[k] + c * shape.channel_stride;
-        if constexpr (kDivides) load<N>(residual.image + place, out);
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) {
-          v[i] = plain || change[k] != 0 ? change[k] * (f[i] - out[i]) : A(0);
-          if (plain || share[k] != 0) v[i] += share[k] * df[i];
-        }
+        Lanes<A, N> difference = f, v(A(0));
+        if constexpr (kDivides) difference = f - load<N, S::kPlain>(residual.image + place);
+        if (plain || change[k] != 0) v = change[k] * difference;
+        if (plain || share[k] != 0) v += share[k] * df;
         add_to<N>(d_image + place, v);
       });
     });
@@ -605,7 +638,7 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
   at.slopes(sampling, dw);
   const Corners<S> corner(at, shape.stride, w);
 
-  A dot[S::kCorners];                                  // ct(j) . (f - out(j))
+  Dot<A, Ch::template kWidest<V>> dot[S::kCorners];    // ct(j) . (f - out(j))
   A divisor[S::kCorners];                              // D(j)
   A share[S::kCorners];                                // w g(p, j) / D(j)
   A softmax[R == Reduce::kSoftmax ? S::kCorners : 1];  // w, where it differs from j to j
@@ -619,7 +652,6 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
     }
   };
   for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-    dot[k] = 0;
     divisor[k] = 1;
     reads[k] = corner.offset[k] >= 0;
     if constexpr (R == Reduce::kSoftmax) softmax[k] = 0;
@@ -635,17 +667,16 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
   choose(plain, [&](auto plain) JAXWARP_INLINE {
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
-      A f[N], ct[N], out[N], ct_f[N];
-      load<N>(values + c * shape.point_channel_stride, f);
-      JAXWARP_UNROLL for (int i = 0; i < N; ++i) ct_f[i] = out[i] = 0;
+      const Lanes<A, N> f = load<N>(values + c * shape.point_channel_stride);
+      Lanes<A, N> ct_f(A(0));
       for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
         if (!plain && !reads[k]) return;
         const Index place = corner.offset[k] + c * shape.channel_stride;
-        load<N>(ct_image + place, ct);
-        if constexpr (kDivides) load<N>(residual.image + place, out);
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) dot[k] += ct[i] * (f[i] - out[i]);
-        if (!plain && share[k] == 0) return;
-        JAXWARP_UNROLL for (int i = 0; i < N; ++i) ct_f[i] += share[k] * ct[i];
+        const Lanes<A, N> ct = load<N, S::kPlain>(ct_image + place);
+        Lanes<A, N> difference = f;
+        if constexpr (kDivides) difference = f - load<N, S::kPlain>(residual.image + place);
+        dot[k].add(ct, difference);
+        if (plain || share[k] != 0) ct_f += share[k] * ct;
       });
       if (ct_values.data != nullptr) {
         ct_values.template emit<N>(value_offset + c * shape.point_channel_stride, ct_f);
@@ -657,7 +688,7 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
   for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
     pull[k] = 0;
     if (!reads[k]) return;
-    const A per_weight = dot[k] / divisor[k];
+    const A per_weight = dot[k].total() / divisor[k];
     if (weight(k) != 0) pull[k] = weight(k) * per_weight;
     if (corner.weight[k] == 0) return;
     ct_importance += (R == Reduce::kSoftmax ? pull[k] : per_weight) * corner.weight[k];

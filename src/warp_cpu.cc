@@ -6,7 +6,7 @@
 #include <memory>
 #include <mutex>
 
-#include "geometry.h"
+#include "points.h"
 
 namespace jaxwarp {
 
@@ -24,7 +24,6 @@ struct CpuKernels {
 #if defined(JAXWARP_METHOD)
 namespace {
 
-constexpr int kPack = 4;           // channels moved at once
 constexpr int64_t kGrain = 16384;  // values a task handles at least, so that scheduling stays cheap
 constexpr int64_t kTile = 64;      // neighbouring points whose rows are bounded together
 constexpr int64_t kBandsPerThread = 4;  // bands of rows per thread: evens out uneven flows
@@ -63,35 +62,6 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void
   state->finished.wait(lock, [&] { return state->done.load() == state->count; });
 }
 
-// Calls body(n, position) for the points begin .. end - 1 of batch element b.
-template <class Types, class Body>
-void for_points(const Call& call, int64_t b, int64_t begin, int64_t end, Body body) {
-  constexpr int D = Types::kDims;
-  using Real = Accumulator<typename Types::Value>;
-  int64_t pixel[D] = {};
-  if (call.displacement) {
-    int64_t rest = begin;
-    for (int a = 0; a < D; ++a) {
-      pixel[a] = rest % call.shape.grid[a];
-      rest /= call.shape.grid[a];
-    }
-  }
-  const auto loop = [&](auto* points) {
-    for (int64_t n = begin; n < end; ++n) {
-      Real p[D];
-      read_position(points, n, pixel, p);
-      body(n, p);
-      if (!call.displacement) continue;
-      for (int a = 0; a < D && ++pixel[a] == call.shape.grid[a]; ++a) pixel[a] = 0;
-    }
-  };
-  if constexpr (std::is_same_v<Real, float>) {
-    if (call.points.dtype == ffi::F16) return loop(at<const float16>(call, call.points, b));
-    if (call.points.dtype == ffi::BF16) return loop(at<const bfloat16>(call, call.points, b));
-  }
-  loop(at<const Real>(call, call.points, b));
-}
-
 // Calls body(b, begin, end) for blocks of points, in parallel. With `own_points` one task visits
 // all batch elements of its points in order: it may add to what belongs to a point.
 template <class Body>
@@ -111,26 +81,20 @@ void for_blocks(ffi::ThreadPool& pool, const Call& call, bool own_points, Body b
 }
 
 template <class Types>
-using StencilOf =
-    Stencil<Types::kMethod, Types::kDims, Accumulator<typename Types::Value>, int64_t>;
-
-Channels<int64_t> all_channels(const Call& call) {
-  const bool contiguous = call.shape.channel_stride == 1 && call.shape.point_channel_stride == 1;
-  return {0, kPack, call.shape.channels, contiguous};
-}
-
-template <class Types>
 void gather(ffi::ThreadPool& pool, const Call& call) {
   using T = typename Types::Value;
-  const auto channels = all_channels(call);
-  for_blocks(pool, call, false, [&](int64_t b, int64_t begin, int64_t end) {
-    const T* image = at<const T>(call, call.image, b);
-    T* out = at<T>(call, call.values, b);
-    for_points<Types>(call, b, begin, end, [&](int64_t n, const auto& p) {
-      const StencilOf<Types> stencil(p, call.shape.size, call.sampling.boundary);
-      gather_point<kPack>(call.sampling, call.shape, stencil, image,
-                          importance_of<Accumulator<T>>(call, b, n),
-                          out + n * call.shape.point_stride, channels);
+  dispatch_importances<false>(call, [&](auto kind) {
+    for_blocks(pool, call, false, [&](int64_t b, int64_t begin, int64_t end) {
+      const auto image = at<const T>(call, call.image, b);
+      const auto importances = importances_of<Accumulator<T>, kind>(call, b);
+      const auto out = at<T>(call, call.values, b);
+      for_points<Types>(
+          call, b, begin, end, AllRows{},
+          [=, &call](int64_t n, const auto& stencil, const auto&, const auto& channels)
+              JAXWARP_INLINE {
+                gather_point<kPack<T>>(call.sampling, call.shape, stencil, image, importances.of(n),
+                                       out + n * call.shape.point_stride, channels);
+              });
     });
   });
 }
@@ -139,48 +103,32 @@ template <class Types>
 void gather_tangent(ffi::ThreadPool& pool, const Call& call) {
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const auto channels = all_channels(call);
-  for_blocks(pool, call, false, [&](int64_t b, int64_t begin, int64_t end) {
-    const T* image = at<const T>(call, call.image, b);
-    const T* d_image = at<const T>(call, call.d_image, b);
-    T* d_out = at<T>(call, call.d_values, b);
-    for_points<Types>(call, b, begin, end, [&](int64_t n, const auto& p) {
-      const StencilOf<Types> stencil(p, call.shape.size, call.sampling.boundary);
-      gather_tangent_point<kPack>(call.sampling, call.shape, stencil, image,
-                                  importance_of<A>(call, b, n), d_image,
-                                  point_tangent_of<Types::kDims, A>(call, b, n),
-                                  d_out + n * call.shape.point_stride, channels);
+  dispatch_importances<false>(call, [&](auto kind) {
+    for_blocks(pool, call, false, [&](int64_t b, int64_t begin, int64_t end) {
+      const auto image = at<const T>(call, call.image, b),
+                 d_image = at<const T>(call, call.d_image, b);
+      const auto importances = importances_of<A, kind>(call, b);
+      const auto d_points = point_tangents_of<Types::kDims, A>(call, b);
+      const auto d_out = at<T>(call, call.d_values, b);
+      for_points<Types>(call, b, begin, end, AllRows{},
+                        [=, &call](int64_t n, const auto& stencil, const auto&,
+                                   const auto& channels) JAXWARP_INLINE {
+                          gather_tangent_point<kPack<T>>(
+                              call.sampling, call.shape, stencil, image, importances.of(n), d_image,
+                              d_points.of(n), d_out + n * call.shape.point_stride, channels);
+                        });
     });
   });
 }
 
-// The row that stands for a point: the first one that it touches, or 0. Each point has exactly one,
-// so that exactly one band computes what belongs to the point.
-template <class S>
-int64_t home_row(const S& stencil) {
-  for (int tap = 0; tap < S::kAxisTaps; ++tap) {
-    const int64_t row = stencil.tap_index(tap, S::kDims - 1);
-    if (row >= 0) return row;
-  }
-  return 0;
-}
-
-template <class S>
-bool touches(const S& stencil, const Rows<int64_t>& rows) {
-  for (int tap = 0; tap < S::kAxisTaps; ++tap) {
-    if (rows.contain(stencil.tap_index(tap, S::kDims - 1))) return true;
-  }
-  return false;
-}
-
 // Calls work(b, rows, for_sources) for every band of rows of every image, b being the first batch
-// element that goes to the image; for_sources(body) then calls body(b, n, stencil, home) for every
-// point that touches the band or is at home in it. One task owns a band and visits its points in
-// order: sums do not depend on the bands.
+// element that goes to the image. for_sources(prepare) then calls body = prepare(b) for every batch
+// element that goes there, and body(n, stencil, rows, channels, home) for every point that touches
+// the band or is at home in it. One task owns a band and visits its points in order: sums do not
+// depend on the bands.
 template <class Types, class Work>
 void for_bands(ffi::ThreadPool& pool, const Call& call, const Operand& image, Work work) {
   constexpr int kLast = Types::kDims - 1;
-  using S = StencilOf<Types>;
   const int64_t points = call.shape.points, batches = call.batch.count,
                 rows = call.shape.size[kLast];
 
@@ -209,17 +157,16 @@ void for_bands(ffi::ThreadPool& pool, const Call& call, const Operand& image, Wo
   std::vector<Rows<int64_t>> touched(bands > 1 ? tiles * batches : 0);
   if (bands > 1) {
     for_blocks(pool, call, false, [&](int64_t b, int64_t begin, int64_t end) {
-      for_points<Types>(call, b, begin, end, [&](int64_t n, const auto& p) {
-        const S stencil(p, call.shape.size, call.sampling.boundary);
-        Rows<int64_t>& tile = touched[b * tiles + n / kTile];
-        const int64_t home = home_row(stencil);
-        if (n % kTile == 0) tile = {home, home + 1};
-        tile = {std::min(tile.begin, home), std::max(tile.end, home + 1)};
-        for (int tap = 0; tap < S::kAxisTaps; ++tap) {
-          const int64_t row = stencil.tap_index(tap, kLast);
-          if (row >= 0) tile = {std::min(tile.begin, row), std::max(tile.end, row + 1)};
-        }
-      });
+      for (int64_t first = begin; first < end; first += kTile) {
+        Rows<int64_t>* const tile = &touched[b * tiles + first / kTile];
+        *tile = {rows, 0};
+        for_points<Types>(
+            call, b, first, std::min(first + kTile, end), AllRows{},
+            [=](int64_t, const auto& stencil, const auto&, const auto&) JAXWARP_INLINE {
+              const Rows<int64_t> own = row_range(stencil);
+              *tile = {std::min(tile->begin, own.begin), std::max(tile->end, own.end)};
+            });
+      }
     });
   }
 
@@ -227,19 +174,24 @@ void for_bands(ffi::ThreadPool& pool, const Call& call, const Operand& image, Wo
     const auto& own = sources[task / bands];
     const int64_t band = task % bands;
     const Rows<int64_t> mine = {rows * band / bands, rows * (band + 1) / bands};
-    work(own.front(), mine, [&](auto body) {
+    work(own.front(), mine, [&](const auto& prepare) {
       for (int64_t b : own) {
+        const auto body = prepare(b);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           if (bands > 1) {
             const Rows<int64_t> other = touched[b * tiles + tile];
             if (other.begin >= mine.end || other.end <= mine.begin) continue;
           }
-          for_points<Types>(call, b, tile * kTile, std::min((tile + 1) * kTile, points),
-                            [&](int64_t n, const auto& p) {
-                              const S stencil(p, call.shape.size, call.sampling.boundary);
-                              const bool home = bands == 1 || mine.contain(home_row(stencil));
-                              if (home || touches(stencil, mine)) body(b, n, stencil, home);
-                            });
+          for_points<Types>(
+              call, b, tile * kTile, std::min((tile + 1) * kTile, points), mine,
+              [=](int64_t n, const auto& stencil, const auto& rows, const auto& channels)
+                  JAXWARP_INLINE {
+                    const bool all = std::is_same_v<decltype(rows), const AllRows&>;
+                    const bool home = all || bands == 1 || mine.contain(home_row(stencil));
+                    if (home || touches(stencil, mine)) {
+                      body(n, stencil, rows, channels, home);
+                    }
+                  });
         }
       }
     });
@@ -277,15 +229,19 @@ void gather_vjp(ffi::ThreadPool& pool, const Call& call) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  using S = StencilOf<Types>;
-  const auto channels = all_channels(call);
-  const auto visit = [&](int64_t b, int64_t n, const S& stencil, A* ct_image, const auto& rows) {
-    A ct[D] = {};
-    gather_vjp_point<kPack>(call.sampling, call.shape, stencil, at<const T>(call, call.image, b),
-                            at<const T>(call, call.ct_values, b) + n * call.shape.point_stride,
-                            ct_image, rows, ct, channels);
+  // What belongs to the points of batch element b; with the image's share where they are at home.
+  const auto visitor = [&](int64_t b) {
+    const auto image = at<const T>(call, call.image, b);
+    const auto ct_values = at<const T>(call, call.ct_values, b);
     const PointCotangent<A> target = {at<A>(call, call.ct_points, b), call.ct_points.summed};
-    target.template emit<D>(n * D, ct);
+    return [=, &call](int64_t n, const auto& stencil, A* ct_image, const auto& rows,
+                      const auto& channels) JAXWARP_INLINE {
+      A ct[D] = {};
+      gather_vjp_point<kPack<T>>(call.sampling, call.shape, stencil, image,
+                                 ct_values + n * call.shape.point_stride, ct_image, rows, ct,
+                                 channels);
+      target.template emit<D>(n * D, Lanes<A, D>(ct));
+    };
   };
 
   // Points that several images share are at home in none of them: their cotangents take a pass of
@@ -294,25 +250,32 @@ void gather_vjp(ffi::ThreadPool& pool, const Call& call) {
   if (apart) {
     fill_zero_if_summed<A>(pool, call.ct_points, call.ct_points.count);
     for_blocks(pool, call, call.ct_points.summed, [&](int64_t b, int64_t begin, int64_t end) {
-      for_points<Types>(call, b, begin, end, [&](int64_t n, const auto& p) {
-        visit(b, n, S(p, call.shape.size, call.sampling.boundary), nullptr, AllRows{});
-      });
+      const auto visit = visitor(b);
+      for_points<Types>(call, b, begin, end, AllRows{},
+                        [=](int64_t n, const auto& stencil, const auto& rows, const auto& channels)
+                            JAXWARP_INLINE { visit(n, stencil, nullptr, rows, channels); });
     });
   }
   if (call.ct_image.data == nullptr) return;
   if (call.batch.count == 0) fill_zero_if_summed<A>(pool, call.ct_image, call.ct_image.count);
-  for_bands<Types>(
-      pool, call, call.ct_image, [&](int64_t first, const auto& rows, const auto& for_sources) {
-        fill_rows<D>(call, call.ct_image, first, rows, false, A(0));
-        for_sources([&](int64_t b, int64_t n, const S& stencil, bool home) {
-          A* ct_image = at<A>(call, call.ct_image, b);
-          if (home && !apart) return visit(b, n, stencil, ct_image, rows);
-          splat_point<kPack>(call.sampling, call.shape, stencil,
-                             at<const T>(call, call.ct_values, b) + n * call.shape.point_stride,
-                             Importance<A>{1, nullptr}, ct_image, static_cast<A*>(nullptr),
-                             static_cast<A*>(nullptr), rows, channels);
-        });
-      });
+  for_bands<Types>(pool, call, call.ct_image,
+                   [&](int64_t first, const auto& rows, const auto& for_sources) {
+                     fill_rows<D>(call, call.ct_image, first, rows, false, A(0));
+                     for_sources([&](int64_t b) {
+                       const auto visit = visitor(b);
+                       const auto ct_image = at<A>(call, call.ct_image, b);
+                       const auto ct_values = at<const T>(call, call.ct_values, b);
+                       return [=, &call](int64_t n, const auto& stencil, const auto& rows,
+                                         const auto& channels, bool home) JAXWARP_INLINE {
+                         if (home && !apart) return visit(n, stencil, ct_image, rows, channels);
+                         A* const no_plane = nullptr;
+                         splat_point<kPack<T>>(call.sampling, call.shape, stencil,
+                                               ct_values + n * call.shape.point_stride,
+                                               Importance<A, Importances::kOne>{1, nullptr},
+                                               ct_image, no_plane, no_plane, rows, channels);
+                       };
+                     });
+                   });
 }
 
 template <class Types>
@@ -320,22 +283,25 @@ void gather_vjp_tangent(ffi::ThreadPool& pool, const Call& call) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const auto channels = all_channels(call);
   fill_zero_if_summed<A>(pool, call.d_ct_points, call.d_ct_points.count);
   for_blocks(pool, call, call.d_ct_points.summed, [&](int64_t b, int64_t begin, int64_t end) {
+    const T* image = at<const T>(call, call.image, b);
+    const T* ct_values = at<const T>(call, call.ct_values, b);
+    const T* d_image = at<const T>(call, call.d_image, b);
     const T* d_ct_values = at<const T>(call, call.d_ct_values, b);
+    const auto d_points = point_tangents_of<D, A>(call, b);
     const PointCotangent<A> target = {at<A>(call, call.d_ct_points, b), call.d_ct_points.summed};
-    for_points<Types>(call, b, begin, end, [&](int64_t n, const auto& p) {
-      const StencilOf<Types> stencil(p, call.shape.size, call.sampling.boundary);
-      const int64_t first = n * call.shape.point_stride;
-      A d_ct[D] = {};
-      gather_vjp_tangent_point<kPack>(
-          call.sampling, call.shape, stencil, at<const T>(call, call.image, b),
-          at<const T>(call, call.ct_values, b) + first, at<const T>(call, call.d_image, b),
-          d_ct_values == nullptr ? nullptr : d_ct_values + first,
-          point_tangent_of<D, A>(call, b, n), d_ct, channels);
-      target.template emit<D>(n * D, d_ct);
-    });
+    for_points<Types>(call, b, begin, end, AllRows{},
+                      [=, &call](int64_t n, const auto& stencil, const auto&, const auto& channels)
+                          JAXWARP_INLINE {
+                            const int64_t first = n * call.shape.point_stride;
+                            A d_ct[D] = {};
+                            gather_vjp_tangent_point<kPack<T>>(
+                                call.sampling, call.shape, stencil, image, ct_values + first,
+                                d_image, d_ct_values == nullptr ? nullptr : d_ct_values + first,
+                                d_points.of(n), d_ct, channels);
+                            target.template emit<D>(n * D, Lanes<A, D>(d_ct));
+                          });
   });
 }
 
@@ -344,45 +310,57 @@ void splat(ffi::ThreadPool& pool, const Call& call) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const auto channels = all_channels(call);
   const int64_t plane_row = call.shape.plane_stride[D - 1];
-  const bool softmax = call.reduce == Reduce::kSoftmax;
+  const A min_coverage = static_cast<A>(call.min_coverage);
+  const A fill = static_cast<A>(call.sampling.fill);
+  const auto normalise = [&](int64_t b, const Rows<int64_t>& rows) {
+    A* image = at<A>(call, call.image, b);
+    const A* coverage = at<const A>(call, call.coverage, b);
+    const A* weight = call.weight.data == nullptr ? coverage : at<const A>(call, call.weight, b);
+    const auto channels = all_channels<T>(call);
+    for (int64_t j = rows.begin * plane_row; j < rows.end * plane_row; ++j) {
+      normalise_pixel<kPack<T>>(call.shape, image + j * call.shape.stride[0], coverage[j],
+                                weight[j], min_coverage, fill, channels);
+    }
+  };
   if (call.batch.count == 0) {  // no task owns the empty sums
     for (const Operand* output : {&call.image, &call.coverage, &call.weight}) {
       fill_zero_if_summed<A>(pool, *output, output->count);
     }
   }
-  for_bands<Types>(
-      pool, call, call.image, [&](int64_t first, const auto& rows, const auto& for_sources) {
-        fill_rows<D>(call, call.image, first, rows, false, A(0));
-        fill_rows<D>(call, call.coverage, first, rows, true, A(0));
-        fill_rows<D>(call, call.weight, first, rows, true, A(0));
-        if (softmax) {
-          fill_rows<D>(call, call.peak, first, rows, true, -std::numeric_limits<A>::infinity());
-          for_sources([&](int64_t b, int64_t n, const auto& stencil, bool) {
-            peak_point(call.sampling, call.shape, stencil,
-                       importance_of<Accumulator<T>>(call, b, n).value, at<A>(call, call.peak, b),
-                       rows);
+  dispatch_importances<true>(call, [&](auto kind) {
+    for_bands<Types>(
+        pool, call, call.image, [&](int64_t first, const auto& band, const auto& for_sources) {
+          fill_rows<D>(call, call.image, first, band, false, A(0));
+          fill_rows<D>(call, call.coverage, first, band, true, A(0));
+          fill_rows<D>(call, call.weight, first, band, true, A(0));
+          if (call.reduce == Reduce::kSoftmax) {
+            fill_rows<D>(call, call.peak, first, band, true, -std::numeric_limits<A>::infinity());
+            for_sources([&](int64_t b) {
+              const auto importances = importances_of<A>(call, b);
+              const auto peak = at<A>(call, call.peak, b);
+              return [=, &call](int64_t n, const auto& stencil, const auto& rows, const auto&,
+                                bool) JAXWARP_INLINE {
+                peak_point(call.sampling, call.shape, stencil, importances.of(n).value, peak, rows);
+              };
+            });
+          }
+          for_sources([&](int64_t b) {
+            const auto importances = importances_of<A, kind>(call, b);
+            const auto values = at<const T>(call, call.values, b);
+            const auto image = at<A>(call, call.image, b);
+            const auto coverage = at<A>(call, call.coverage, b);
+            const auto weight = at<A>(call, call.weight, b);
+            return [=, &call](int64_t n, const auto& stencil, const auto& rows,
+                              const auto& channels, bool) JAXWARP_INLINE {
+              splat_point<kPack<T>>(call.sampling, call.shape, stencil,
+                                    values + n * call.shape.point_stride, importances.of(n), image,
+                                    coverage, weight, rows, channels);
+            };
           });
-        }
-        for_sources([&](int64_t b, int64_t n, const auto& stencil, bool) {
-          splat_point<kPack>(call.sampling, call.shape, stencil,
-                             at<const T>(call, call.values, b) + n * call.shape.point_stride,
-                             importance_of<Accumulator<T>>(call, b, n), at<A>(call, call.image, b),
-                             at<A>(call, call.coverage, b), at<A>(call, call.weight, b), rows,
-                             channels);
+          if (call.reduce != Reduce::kSum) normalise(first, band);
         });
-        if (call.reduce == Reduce::kSum) return;
-        A* image = at<A>(call, call.image, first);
-        const A* coverage = at<const A>(call, call.coverage, first);
-        const A* weight = at<const A>(call, call.weight, first);
-        for (int64_t j = rows.begin * plane_row; j < rows.end * plane_row; ++j) {
-          normalise_pixel<kPack>(call.shape, image + j * call.shape.stride[0], coverage[j],
-                                 weight == nullptr ? coverage[j] : weight[j],
-                                 static_cast<A>(call.min_coverage),
-                                 static_cast<A>(call.sampling.fill), channels);
-        }
-      });
+  });
 }
 
 template <class Types>
@@ -390,29 +368,37 @@ void splat_tangent(ffi::ThreadPool& pool, const Call& call) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const auto channels = all_channels(call);
   if (call.batch.count == 0) {  // no task owns the empty sums
     for (const Operand* output : {&call.d_image, &call.d_coverage}) {
       fill_zero_if_summed<A>(pool, *output, output->count);
     }
   }
-  for_bands<Types>(pool, call, call.d_image,
-                   [&](int64_t first, const auto& rows, const auto& for_sources) {
-                     fill_rows<D>(call, call.d_image, first, rows, false, A(0));
-                     fill_rows<D>(call, call.d_coverage, first, rows, true, A(0));
-                     for_sources([&](int64_t b, int64_t n, const auto& stencil, bool) {
-                       const T* d_values = at<const T>(call, call.d_values, b);
-                       dispatch_reduce<Types>(call, [&](auto reduce) {
-                         splat_tangent_point<kPack, decltype(reduce)::value>(
-                             call.sampling, call.shape, stencil,
-                             at<const T>(call, call.values, b) + n * call.shape.point_stride,
-                             importance_of<A>(call, b, n), splat_residual_of<A>(call, b),
-                             d_values == nullptr ? nullptr : d_values + n * call.shape.point_stride,
-                             point_tangent_of<D, A>(call, b, n), at<A>(call, call.d_image, b),
-                             at<A>(call, call.d_coverage, b), rows, channels);
-                       });
-                     });
-                   });
+  dispatch_reduce<Types>(call, [&](auto reduce) {
+    for_bands<Types>(
+        pool, call, call.d_image, [&](int64_t first, const auto& rows, const auto& for_sources) {
+          fill_rows<D>(call, call.d_image, first, rows, false, A(0));
+          fill_rows<D>(call, call.d_coverage, first, rows, true, A(0));
+          for_sources([&](int64_t b) {
+            constexpr auto kKind =
+                reduce == Reduce::kAverage ? Importances::kWeight : Importances::kAny;
+            const auto importances = importances_of<A, kKind>(call, b);
+            const auto residual = splat_residual_of<A>(call, b);
+            const auto d_points = point_tangents_of<D, A>(call, b);
+            const auto values = at<const T>(call, call.values, b);
+            const auto d_values = at<const T>(call, call.d_values, b);
+            const auto d_image = at<A>(call, call.d_image, b);
+            const auto d_coverage = at<A>(call, call.d_coverage, b);
+            return [=, &call](int64_t n, const auto& stencil, const auto& rows,
+                              const auto& channels, bool) JAXWARP_INLINE {
+              const int64_t first = n * call.shape.point_stride;
+              splat_tangent_point<kPack<T>, reduce>(
+                  call.sampling, call.shape, stencil, values + first, importances.of(n), residual,
+                  d_values == nullptr ? nullptr : d_values + first, d_points.of(n), d_image,
+                  d_coverage, rows, channels);
+            };
+          });
+        });
+  });
 }
 
 template <class Types>
@@ -420,34 +406,40 @@ void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const auto channels = all_channels(call);
   fill_zero_if_summed<A>(pool, call.ct_values, call.ct_values.count);
   fill_zero_if_summed<A>(pool, call.ct_points, call.ct_points.count);
   fill_zero_if_summed<A>(pool, call.ct_importance, call.ct_importance.count);
   const bool own_points =
       call.ct_values.summed || call.ct_points.summed || call.ct_importance.summed;
-  for_blocks(pool, call, own_points, [&](int64_t b, int64_t begin, int64_t end) {
-    const T* values = at<const T>(call, call.values, b);
-    const auto residual = splat_residual_of<A>(call, b);
-    const T* ct_image = at<const T>(call, call.ct_image, b);
-    const A* ct_coverage = at<const A>(call, call.ct_coverage, b);
-    // Of either dtype, see PointCotangent: places in ct_values are counted in elements.
-    const PointCotangent<T> ct_values = {call.ct_values.data, call.ct_values.summed};
-    const int64_t first_value = call.batch.offset(b, call.ct_values.stride);
-    const PointCotangent<A> ct_points = {at<A>(call, call.ct_points, b), call.ct_points.summed};
-    const PointCotangent<A> ct_importance = {at<A>(call, call.ct_importance, b),
-                                             call.ct_importance.summed};
-    for_points<Types>(call, b, begin, end, [&](int64_t n, const auto& p) {
-      const StencilOf<Types> stencil(p, call.shape.size, call.sampling.boundary);
-      A ct_p[D] = {}, ct_w[1] = {};
-      dispatch_reduce<Types>(call, [&](auto reduce) {
-        splat_vjp_point<kPack, decltype(reduce)::value>(
-            call.sampling, call.shape, stencil, values + n * call.shape.point_stride,
-            importance_of<A>(call, b, n).value, residual, ct_image, ct_coverage, ct_values,
-            first_value + n * call.shape.point_stride, ct_p, ct_w[0], channels);
-      });
-      if (ct_points.data != nullptr) ct_points.template emit<D>(n * D, ct_p);
-      if (ct_importance.data != nullptr) ct_importance.template emit<1>(n, ct_w);
+  dispatch_reduce<Types>(call, [&](auto reduce) {
+    for_blocks(pool, call, own_points, [&](int64_t b, int64_t begin, int64_t end) {
+      const T* values = at<const T>(call, call.values, b);
+      const auto importances = importances_of<A>(call, b);
+      const auto residual = splat_residual_of<A>(call, b);
+      const T* ct_image = at<const T>(call, call.ct_image, b);
+      const A* ct_coverage = at<const A>(call, call.ct_coverage, b);
+      // Of either dtype, see PointCotangent: places in ct_values are counted in elements.
+      const PointCotangent<T> ct_values = {call.ct_values.data, call.ct_values.summed};
+      const int64_t first_value = call.batch.offset(b, call.ct_values.stride);
+      const PointCotangent<A> ct_points = {at<A>(call, call.ct_points, b), call.ct_points.summed};
+      const PointCotangent<A> ct_importance = {at<A>(call, call.ct_importance, b),
+                                               call.ct_importance.summed};
+      for_points<Types>(call, b, begin, end, AllRows{},
+                        [=, &call](int64_t n, const auto& stencil, const auto&,
+                                   const auto& channels) JAXWARP_INLINE {
+                          const int64_t first = n * call.shape.point_stride;
+                          A ct_p[D] = {}, ct_w = 0;
+                          splat_vjp_point<kPack<T>, reduce>(
+                              call.sampling, call.shape, stencil, values + first,
+                              importances.of(n).value, residual, ct_image, ct_coverage, ct_values,
+                              first_value + first, ct_p, ct_w, channels);
+                          if (ct_points.data != nullptr) {
+                            ct_points.template emit<D>(n * D, Lanes<A, D>(ct_p));
+                          }
+                          if (ct_importance.data != nullptr) {
+                            ct_importance.template emit<1>(n, Lanes<A, 1>(ct_w));
+                          }
+                        });
     });
   });
 }

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Launch::kThreads) gather_kernel(const Work<Ind
   for_items(work, [&](int64_t b, Index item) {
     const Index n = item / work.lanes;
     gather_point<V>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
-                    at<const T>(call, call.image, b), importance_of<Accumulator<T>>(call, b, n),
+                    at<const T>(call, call.image, b), importances_of<Accumulator<T>>(call, b).of(n),
                     at<T>(call, call.values, b) + n * work.shape.point_stride,
                     lane_channels(work, item, V));
   });
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(Launch::kThreads) gather_tangent_kernel(const 
     const Index n = item / work.lanes;
     gather_tangent_point<V>(
         call.sampling, work.shape, stencil_at<Types>(work, b, n), at<const T>(call, call.image, b),
-        importance_of<A>(call, b, n), at<const T>(call, call.d_image, b),
-        point_tangent_of<Types::kDims, A>(call, b, n),
+        importances_of<A>(call, b).of(n), at<const T>(call, call.d_image, b),
+        point_tangents_of<Types::kDims, A>(call, b).of(n),
         at<T>(call, call.d_values, b) + n * work.shape.point_stride, lane_channels(work, item, V));
   });
 }
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(Launch::kThreads) gather_vjp_kernel(const Work
         at<A>(call, call.ct_image, b), AllRows{}, ct, lane_channels(work, Index(0), V));
     const PointCotangent<A> target = {at<A>(call, call.ct_points, b), call.ct_points.summed};
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
-      const A one[1] = {ct[a]};
+      const Lanes<A, 1> one(ct[a]);
       target.template emit<1>(n * D + a, one);
     }
   });
@@ -145,11 +145,11 @@ __global__ void __launch_bounds__(Launch::kThreads)
     gather_vjp_tangent_point<V>(
         call.sampling, work.shape, stencil_at<Types>(work, b, n), at<const T>(call, call.image, b),
         at<const T>(call, call.ct_values, b) + first, at<const T>(call, call.d_image, b),
-        d_ct_values == nullptr ? nullptr : d_ct_values + first, point_tangent_of<D, A>(call, b, n),
-        d_ct, lane_channels(work, Index(0), V));
+        d_ct_values == nullptr ? nullptr : d_ct_values + first,
+        point_tangents_of<D, A>(call, b).of(n), d_ct, lane_channels(work, Index(0), V));
     const PointCotangent<A> target = {at<A>(call, call.d_ct_points, b), call.d_ct_points.summed};
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
-      const A one[1] = {d_ct[a]};
+      const Lanes<A, 1> one(d_ct[a]);
       target.template emit<1>(n * D + a, one);
     }
   });
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(Launch::kThreads) splat_kernel(const Work<Inde
     const Index n = item / work.lanes;
     splat_point<V>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
                    at<const T>(call, call.values, b) + n * work.shape.point_stride,
-                   importance_of<Accumulator<T>>(call, b, n), at<A>(call, call.image, b),
+                   importances_of<Accumulator<T>>(call, b).of(n), at<A>(call, call.image, b),
                    at<A>(call, call.coverage, b), at<A>(call, call.weight, b), AllRows{},
                    lane_channels(work, item, V));
   });
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(Launch::kThreads) peak_kernel(const Work<Index
   const Call& call = work.call;
   for_items(work, [&](int64_t b, Index n) {
     peak_point(call.sampling, work.shape, stencil_at<Types>(work, b, n),
-               importance_of<Accumulator<T>>(call, b, n).value,
+               importances_of<Accumulator<T>>(call, b).of(n).value,
                at<Accumulator<T>>(call, call.peak, b), AllRows{});
   });
 }
@@ -213,9 +213,9 @@ __global__ void __launch_bounds__(Launch::kThreads) splat_tangent_kernel(const W
     splat_tangent_point<V, R>(
         call.sampling, work.shape, stencil_at<Types>(work, b, n),
         at<const T>(call, call.values, b) + n * work.shape.point_stride,
-        importance_of<A>(call, b, n), splat_residual_of<A>(call, b),
+        importances_of<A>(call, b).of(n), splat_residual_of<A>(call, b),
         d_values == nullptr ? nullptr : d_values + n * work.shape.point_stride,
-        point_tangent_of<Types::kDims, A>(call, b, n), at<A>(call, call.d_image, b),
+        point_tangents_of<Types::kDims, A>(call, b).of(n), at<A>(call, call.d_image, b),
         at<A>(call, call.d_coverage, b), AllRows{}, lane_channels(work, item, V));
   });
 }
@@ -238,19 +238,19 @@ __global__ void __launch_bounds__(Launch::kThreads) splat_vjp_kernel(const Work<
     splat_vjp_point<V, R>(
         call.sampling, work.shape, stencil_at<Types>(work, b, n),
         at<const T>(call, call.values, b) + n * work.shape.point_stride,
-        importance_of<A>(call, b, n).value, splat_residual_of<A>(call, b),
+        importances_of<A>(call, b).of(n).value, splat_residual_of<A>(call, b),
         at<const T>(call, call.ct_image, b), at<const A>(call, call.ct_coverage, b), ct_values,
         n * work.shape.point_stride, ct_p, ct_w, lane_channels(work, Index(0), V));
     const PointCotangent<A> ct_points = {at<A>(call, call.ct_points, b), call.ct_points.summed};
     if (ct_points.data != nullptr) {
       JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
-        const A one[1] = {ct_p[a]};
+        const Lanes<A, 1> one(ct_p[a]);
         ct_points.template emit<1>(n * D + a, one);
       }
     }
     const PointCotangent<A> ct_importance = {at<A>(call, call.ct_importance, b),
                                              call.ct_importance.summed};
-    const A one[1] = {ct_w};
+    const Lanes<A, 1> one(ct_w);
     if (ct_importance.data != nullptr) ct_importance.template emit<1>(n, one);
   });
 }

@@ -1,0 +1,103 @@
+"""The CPU's fast loop takes the plain points of float32 in blocks, the general one all others: the
+same numbers must come from both, in every place of a block and for every number of channels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxwarp
+
+CHANNELS = (1, 2, 3, 4, 5, 7, 8, 11, 12, 17)
+WIDTHS = (2, 3, 7, 8, 9, 16, 21)
+
+
+def arrays(shape, channels, seed=0, reach=3.0):
+    """Image, flow, cotangent. Displacements are multiples of 1/64, exact in float32, and some are
+    whole, so that blocks hold both kinds."""
+    rng = np.random.default_rng(seed)
+    flow = rng.uniform(-reach, reach, (*shape, len(shape)))
+    flow = (np.round(flow * 64) / 64).astype(np.float32)
+    flow[rng.random(shape) < 0.2] = 1
+    image, ct = rng.standard_normal((2, *shape, channels)).astype(np.float32)
+    return image, flow, ct
+
+
+def everything(image, flow, ct):
+    """Values and gradients, of float32 kernels."""
+    results = []
+    for warp in (jaxwarp.backward_warp, jaxwarp.forward_warp):
+        out, vjp = jax.vjp(warp, image, flow)
+        results += [out, *vjp(ct)]
+    return results
+
+
+def wide(image, flow, ct):
+    """The same of float64 kernels, which have no fast loop, from the same numbers."""
+    with jax.enable_x64(True):
+        return [np.asarray(r) for r in everything(*(np.float64(x) for x in (image, flow, ct)))]
+
+
+def assert_single(actual, exact):
+    for a, e in zip(actual, exact, strict=True):
+        scale = np.abs(e).max() + 1
+        np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width_and_channel_count(width, channels):
+    inputs = arrays((6, width), channels)
+    assert_single(jax.jit(everything)(*inputs), wide(*inputs))
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_volumes(channels):
+    inputs = arrays((5, 6, 11), channels)
+    assert_single(jax.jit(everything)(*inputs), wide(*inputs))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 7])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_no_other_pixel_counts(channels, bad):
+    """Everything but the corners of the points is infinite or NaN, in and behind the block."""
+    shape = (8, 20)
+    image, flow, _ = arrays(shape, channels, reach=0.9)
+    flow[::2] = [0.25, -0.5]
+    flow[:, ::3] = 0  # weight on one corner only
+    seen = np.asarray(jax.grad(lambda i: jaxwarp.backward_warp(i, flow).sum())(image)) != 0
+    spoilt = np.where(seen, image, np.float32(bad))
+    exact = jaxwarp.backward_warp(image, flow)
+    np.testing.assert_array_equal(jaxwarp.backward_warp(spoilt, flow), exact)
+    # A source without weight at a target must not spoil it.
+    sources = flow[..., 0] != 0
+    values = np.where(sources[..., None], image, np.float32(bad))
+    flow = np.where(sources[..., None], flow, np.float32(1e9))
+    out = jaxwarp.forward_warp(values, flow)
+    expected = jaxwarp.forward_warp(np.where(sources[..., None], image, 0), flow)
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_the_same_bits_by_another_route(channels):
+    """Channels-first arrays take the general loop; values do not depend on the route."""
+    shape = (40, 61)
+    image, flow, _ = arrays(shape, channels)
+    first = jax.vmap(lambda plane: jaxwarp.backward_warp(plane[..., None], flow)[..., 0], -1, -1)
+    np.testing.assert_array_equal(jaxwarp.backward_warp(image, flow), first(image))
+    same = jax.vmap(
+        lambda plane: jaxwarp.forward_warp(plane[..., None], flow, reduce="sum")[..., 0], -1, -1
+    )
+    np.testing.assert_array_equal(jaxwarp.forward_warp(image, flow, reduce="sum"), same(image))
+
+
+def test_coordinates_and_half_flows():
+    """Points without a grid, and flows of bfloat16, are read in another way."""
+    shape = (30, 37)
+    image, flow, _ = arrays(shape, 3)
+    points = np.asarray(jaxwarp.pixel_grid(shape, dtype=jnp.float32) + flow)
+    np.testing.assert_array_equal(jaxwarp.gather(image, points), jaxwarp.backward_warp(image, flow))
+    half = flow.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(
+        jaxwarp.backward_warp(image, half), jaxwarp.backward_warp(image, half.astype(np.float32))
+    )
