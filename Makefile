@@ -99,6 +99,7 @@ format: $(VENV)/.test ## Format the sources
 
 bench: $(VENV)/.bench ## Time every operation against a copy and other libraries; into build/bench
 	PATH="$(BIN):$$PATH" $(BIN)/python -m benchmarks --out build/bench $(BENCH_ARGS)
+	PATH="$(BIN):$$PATH" $(BIN)/python -m benchmarks.memory
 
 wheel: ## Build a wheel into dist/ for PYTHON, with CUDA where nvcc is found
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist . \

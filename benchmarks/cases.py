@@ -17,6 +17,7 @@ PASSES = ("value", "flow gradient", "all gradients", "jvp")  # "all": the value 
 SIZES = {
     "24x32x3": ((24, 32, 3), (24, 32, 2)),
     "3 flows of 24x32x3": ((24, 32, 3), (3, 24, 32, 2)),
+    "16x16x3": ((16, 16, 3), (16, 16, 2)),
     "64x64x3": ((64, 64, 3), (64, 64, 2)),
     "256x256x3": ((256, 256, 3), (256, 256, 2)),
     "436x1024x3": ((436, 1024, 3), (436, 1024, 2)),
@@ -32,6 +33,7 @@ SIZES = {
 LARGE = ("436x1024x3", "1080x1920x3", "2160x3840x4", "8x256x256x64", "128x128x128x1")
 LARGE = (*LARGE, "16 flows of 436x1024x3")
 NOTES = ("480x640x3", "8x32x64x3")  # the two sizes of the original notes
+TINY = ("16x16x3",)  # its cold figure is the cost of a call
 SCALING = ("64x64x3", "256x256x3", "436x1024x3", "1080x1920x3", "4320x7680x3")  # of the plot
 
 
@@ -115,6 +117,7 @@ def default() -> list[Case]:
         *of(operation=warp, order=ends, dtype=("bfloat16", "float64")),
         *of(operation=average, order=ends[1:], dtype=("bfloat16", "float64")),
         *of(operation=warp, size=SCALING),
+        *of(operation=warp + average, order=ends, size=TINY),
     ]
     return list(dict.fromkeys(listed))
 

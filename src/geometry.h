@@ -218,7 +218,7 @@ class Decoder {
     call_.sampling.fill = attribute<double>(attrs, "fill_value");
     call_.sampling.cubic_a = attribute<double>(attrs, "cubic_a");
     call_.reduce = choice<Reduce>(attrs, "reduce", kReductions);
-    call_.min_coverage = attribute<double>(attrs, "min_coverage");
+    call_.min_coverage = std::max(0.0, attribute<double>(attrs, "min_coverage"));
     call_.displacement = attribute<bool>(attrs, "displacement");
     call_.deterministic = attribute<bool>(attrs, "deterministic");
     call_.channels_first = attribute<bool>(attrs, "channels_first");

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -50,6 +51,10 @@ template <>
 struct AccumulatorOf<double> {
   using type = double;
 };
+template <>
+struct AccumulatorOf<int32_t> {  // places, side by side
+  using type = int32_t;
+};
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
@@ -61,6 +66,49 @@ JAXWARP_HD To bit_cast(From from) {
   return to;
 }
 
+// The words below are one uint32_t, or several side by side.
+JAXWARP_HD uint32_t mask(bool yes) { return yes ? ~uint32_t(0) : 0; }
+template <class Word>
+JAXWARP_HD Word select(Word condition, Word yes, Word no) {
+  return (condition & yes) | (~condition & no);
+}
+#if !defined(__CUDACC__)
+typedef uint32_t Words __attribute__((vector_size(16)));
+template <class Mask>
+JAXWARP_HD Words mask(Mask lanes) {
+  return reinterpret_cast<Words>(lanes);
+}
+#endif
+
+// Exponent and mantissa moved into place are off by 2^112 in scale; the product restores subnormals
+// as well. An exponent of all ones (inf, NaN) has to become all ones again.
+template <class Float, class Word>
+JAXWARP_HD Float float_of_float16(Word half) {
+  const Word magnitude = half & 0x7fffu;
+  const Float scaled = bit_cast<Float>(magnitude << 13) * 0x1p112f;
+  const Word special = mask(magnitude >= 0x7c00u) & 0x7f800000u;
+  return bit_cast<Float>(bit_cast<Word>(scaled) | special | ((half & 0x8000u) << 16));
+}
+
+// Both round to nearest even, as XLA does.
+template <class Word>
+JAXWARP_HD Word bfloat16_of_float(Word bits) {
+  const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return select(mask((bits & 0x7fffffffu) > 0x7f800000u), (bits >> 16) | 0x40u, rounded);
+}
+template <class Float, class Word>
+JAXWARP_HD Word float16_of_float(Word bits) {
+  const Word magnitude = bits & 0x7fffffffu;
+  // Below 2^-14: adding 0.5 leaves the subnormal's bits.
+  const Word subnormal = bit_cast<Word>(bit_cast<Float>(magnitude) + 0.5f) - 0x3f000000u;
+  const Word normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  Word half = select(mask(magnitude < 0x38800000u), subnormal, normal);
+  const Word infinity = half * 0u + 0x7c00u, nan = half * 0u + 0x7e00u;
+  half = select(mask(magnitude >= 0x477ff000u), infinity, half);  // from 65520 on
+  half = select(mask(magnitude > 0x7f800000u), nan, half);
+  return half | ((bits >> 16) & 0x8000u);
+}
+
 JAXWARP_HD float widen(float v) { return v; }
 JAXWARP_HD double widen(double v) { return v; }
 JAXWARP_HD float widen(bfloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
@@ -68,17 +116,10 @@ JAXWARP_HD float widen(float16 v) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(v.bits));
 #else
-  // Exponent and mantissa moved into place are off by 2^112 in scale; the product restores
-  // subnormals as well. An exponent of all ones (inf, NaN) has to become all ones again.
-  const uint32_t magnitude = v.bits & 0x7fffu;
-  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
-  const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
-  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  return bit_cast<float>(bit_cast<uint32_t>(scaled) | special | sign);
+  return float_of_float16<float>(static_cast<uint32_t>(v.bits));
 #endif
 }
 
-// Rounds to nearest even, as XLA does.
 template <class T>
 JAXWARP_HD T narrow(Accumulator<T> v);
 template <>
@@ -91,31 +132,22 @@ JAXWARP_HD double narrow<double>(double v) {
 }
 template <>
 JAXWARP_HD bfloat16 narrow<bfloat16>(float v) {
-  const uint32_t bits = bit_cast<uint32_t>(v);
-  if (v != v) return bfloat16{static_cast<uint16_t>((bits >> 16) | 0x40u)};
-  return bfloat16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+  return bfloat16{static_cast<uint16_t>(bfloat16_of_float(bit_cast<uint32_t>(v)))};
 }
 template <>
 JAXWARP_HD float16 narrow<float16>(float v) {
 #if defined(__CUDA_ARCH__)
   return float16{__half_as_ushort(__float2half_rn(v))};
 #else
-  const uint32_t bits = bit_cast<uint32_t>(v);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {  // 65520: the first value that rounds to infinity
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal's bits
-    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  return float16{static_cast<uint16_t>(half | sign)};
+  return float16{static_cast<uint16_t>(float16_of_float<float>(bit_cast<uint32_t>(v)))};
 #endif
 }
+
+#if !defined(__CUDACC__) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)  // GCC from 12 on, clang
+#define JAXWARP_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#endif
+#endif
 
 // V numbers that are computed with side by side, such as neighbouring channels: a vector of the
 // host's compiler, an array in a device's registers.
@@ -134,7 +166,7 @@ struct Lanes {
 #if defined(__CUDACC__)
     JAXWARP_UNROLL for (int i = 0; i < V; ++i) lane[i] = all;
 #else
-    lane = all - Vector{};  // -0 stays -0
+    lane = repeated(all, std::make_integer_sequence<int, kRoom>{});
 #endif
   }
   JAXWARP_HD explicit Lanes(const A (&each)[V]) {
@@ -161,11 +193,23 @@ struct Lanes {
     JAXWARP_UNROLL for (int i = 0; i < V; ++i) x.lane[i] *= scale;
     return x;
   }
-  friend JAXWARP_HD Lanes operator/(Lanes x, A divisor) {
-    JAXWARP_UNROLL for (int i = 0; i < V; ++i) x.lane[i] /= divisor;
+  friend JAXWARP_HD Lanes operator/(Lanes x, const Lanes& y) {
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) x.lane[i] /= y.lane[i];
     return x;
   }
 #else
+  template <int... I>
+  static JAXWARP_HD Vector repeated(A all, std::integer_sequence<int, I...>) {
+#if defined(JAXWARP_SHUFFLE)  // GCC makes one instruction of it
+    if constexpr (sizeof(Vector) == 32) {
+      typedef A Half __attribute__((vector_size(16)));
+      constexpr int kHalf = kRoom / 2;
+      const Half half = Lanes<A, kHalf>(all).lane;
+      return JAXWARP_SHUFFLE(half, half, (I % kHalf)...);
+    }
+#endif
+    return Vector{(static_cast<void>(I), all)...};
+  }
   JAXWARP_HD Lanes& operator+=(const Lanes& other) {
     lane += other.lane;
     return *this;
@@ -183,58 +227,109 @@ struct Lanes {
     return x;
   }
   friend JAXWARP_HD Lanes operator*(A scale, Lanes x) {
-    x.lane *= scale;
+    x.lane *= Lanes(scale).lane;
     return x;
   }
-  friend JAXWARP_HD Lanes operator/(Lanes x, A divisor) {
-    x.lane /= divisor;
+  friend JAXWARP_HD Lanes operator/(Lanes x, const Lanes& y) {
+    x.lane /= y.lane;
     return x;
   }
 #endif
 };
 
-// A dot product over channels that come V or fewer at a time. On the host each lane has a sum of
-// its own until the end; on a device the registers are too few.
-template <class A, int V>
-class Dot {
+#if !defined(__CUDACC__)
+// sum[k] = (x[k][0] + x[k][2]) + (x[k][1] + x[k][3]) for K vectors at once; of three lanes, the
+// fourth counts for nothing. Four vectors are added across as columns of a matrix.
+template <int Given, int K, class A>
+JAXWARP_HD void add_across(const Lanes<A, 4> (&x)[K], A (&sum)[K]) {
+#if defined(JAXWARP_SHUFFLE)
+  if constexpr (K % 4 == 0) {
+    JAXWARP_UNROLL for (int k = 0; k < K; k += 4) {
+      const auto a = x[k].lane, b = x[k + 1].lane, c = x[k + 2].lane, d = x[k + 3].lane;
+      const auto ab_low = JAXWARP_SHUFFLE(a, b, 0, 4, 1, 5),
+                 cd_low = JAXWARP_SHUFFLE(c, d, 0, 4, 1, 5),
+                 ab_high = JAXWARP_SHUFFLE(a, b, 2, 6, 3, 7),
+                 cd_high = JAXWARP_SHUFFLE(c, d, 2, 6, 3, 7);
+      auto even = JAXWARP_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5) +
+                  JAXWARP_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+      auto odd = JAXWARP_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+      if constexpr (Given == 4) odd += JAXWARP_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
+      even += odd;
+      memcpy(sum + k, &even, sizeof(even));
+    }
+    return;
+  }
+#endif
+  JAXWARP_UNROLL for (int k = 0; k < K; ++k) {
+    const A odd = Given == 4 ? x[k].lane[1] + x[k].lane[3] : x[k].lane[1];
+    sum[k] = (x[k].lane[0] + x[k].lane[2]) + odd;
+  }
+}
+#endif
+
+// K dot products over channels that come V or fewer at a time. On the host each lane has a sum of
+// its own until the end; on a device the registers are too few. kOnce: one pack is all of them.
+template <class A, int V, int K, bool kOnce = false>
+class Dots {
  public:
 #if defined(__CUDACC__)
   template <int N>
-  JAXWARP_HD void add(const Lanes<A, N>& x, const Lanes<A, N>& y) {
-    JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum_ += x.lane[i] * y.lane[i];
+  JAXWARP_HD void add(int k, const Lanes<A, N>& x, const Lanes<A, N>& y) {
+    JAXWARP_UNROLL for (int i = 0; i < N; ++i) sum_[k] += x.lane[i] * y.lane[i];
   }
-  JAXWARP_HD A total() const { return sum_; }
+  JAXWARP_HD void total(A (&sum)[K]) const {
+    JAXWARP_UNROLL for (int k = 0; k < K; ++k) sum[k] = sum_[k];
+  }
 
  private:
-  A sum_ = 0;
+  A sum_[K] = {};
 #else
+  JAXWARP_HD Dots() {
+    JAXWARP_UNROLL for (int k = 0; k < K; ++k) {
+      sum_[k] = Lanes<A, V>(A(0));
+      rest_[k] = Lanes<A, 4>(A(0));
+    }
+  }
   template <int N>
-  JAXWARP_HD void add(const Lanes<A, N>& x, const Lanes<A, N>& y) {
-    if constexpr (N == V) {
-      sum_ += x * y;
+  JAXWARP_HD void add(int k, const Lanes<A, N>& x, const Lanes<A, N>& y) {
+    if constexpr (kOnce) {
+      sum_[k] = x * y;
+    } else if constexpr (N == V) {
+      sum_[k] += x * y;
     } else if constexpr (N == 4) {
-      rest_ += x * y;
+      rest_[k] += x * y;
     } else {
-      JAXWARP_UNROLL for (int i = 0; i < N; ++i) rest_.lane[i] += x.lane[i] * y.lane[i];
+      JAXWARP_UNROLL for (int i = 0; i < N; ++i) rest_[k].lane[i] += x.lane[i] * y.lane[i];
     }
   }
   // Halves are added to each other, whatever V is: so a few channels have one order of summation.
-  JAXWARP_HD A total() const {
-    A part[V];
-    JAXWARP_UNROLL for (int i = 0; i < V; ++i) part[i] = sum_.lane[i];
-    if constexpr (V >= 4) {  // fewer are never a part of more
-      JAXWARP_UNROLL for (int i = 4; i < V; ++i) part[i - 4] += part[i];
-      JAXWARP_UNROLL for (int i = 0; i < 4; ++i) part[i] += rest_.lane[i];
+  JAXWARP_HD void total(A (&sum)[K]) const {
+    if constexpr (V < 3) {  // fewer than four are never a part of more
+      JAXWARP_UNROLL for (int k = 0; k < K; ++k) {
+        sum[k] = sum_[k].lane[0];
+        if constexpr (V > 1) sum[k] += sum_[k].lane[1];
+      }
+    } else {
+      Lanes<A, 4> part[K];
+      JAXWARP_UNROLL for (int k = 0; k < K; ++k) {
+        if constexpr (V == 8) {
+          typename Lanes<A, 4>::Vector half[2];
+          memcpy(half, &sum_[k].lane, sizeof(half));
+          part[k].lane = (half[0] + half[1]) + rest_[k].lane;
+        } else if constexpr (V == 4) {
+          part[k] = sum_[k] + rest_[k];
+        } else {
+          part[k].lane = sum_[k].lane;
+        }
+      }
+      add_across<V == 3 ? 3 : 4>(part, sum);
     }
-    JAXWARP_UNROLL for (int i = 2; i < (V < 4 ? V : 4); ++i) part[i - 2] += part[i];
-    if constexpr (V > 1) part[0] += part[1];
-    return part[0];
   }
 
  private:
-  static_assert(V <= 8);
-  Lanes<A, V> sum_ = Lanes<A, V>(A(0));
-  Lanes<A, 4> rest_ = Lanes<A, 4>(A(0));
+  static_assert(V <= 4 || V == 8);
+  Lanes<A, V> sum_[K];
+  Lanes<A, 4> rest_[K];
 #endif
 };
 
@@ -274,15 +369,100 @@ struct Unaligned {
   typedef T Vector __attribute__((vector_size(V * sizeof(T)), aligned(alignof(T))));
 };
 
+#if defined(JAXWARP_SHUFFLE)
+typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(16)));
+
+template <class T>
+JAXWARP_HD Floats widen_four(Halves v) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return reinterpret_cast<Floats>(JAXWARP_SHUFFLE(Halves{}, v, 0, 8, 1, 9, 2, 10, 3, 11));
+  } else {
+    const Halves words = JAXWARP_SHUFFLE(v, Halves{}, 0, 8, 1, 9, 2, 10, 3, 11);
+    return float_of_float16<Floats>(reinterpret_cast<Words>(words));
+  }
+}
+template <class T>
+JAXWARP_HD Halves narrow_four(Floats v) {  // each in the lower half of its word
+  const Words bits = reinterpret_cast<Words>(v);
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return reinterpret_cast<Halves>(bfloat16_of_float(bits));
+  } else {
+    return reinterpret_cast<Halves>(float16_of_float<Floats>(bits));
+  }
+}
+#endif
+
+// Half types, V of them at once.
+template <int V, bool kMayReadOn, class T>
+JAXWARP_HD Lanes<float, V> load_halves(const T* source) {
+  Lanes<float, V> v;
+#if defined(JAXWARP_SHUFFLE)
+  if constexpr (V == 8) {
+    Halves bits;
+    memcpy(&bits, source, sizeof(bits));
+    const Halves high = JAXWARP_SHUFFLE(bits, bits, 4, 5, 6, 7, 4, 5, 6, 7);
+    v.lane = JAXWARP_SHUFFLE(widen_four<T>(bits), widen_four<T>(high), 0, 1, 2, 3, 4, 5, 6, 7);
+    return v;
+  } else if constexpr (V == 3 || V == 4) {
+    uint64_t bits;
+    if constexpr (V == 4 || kMayReadOn) {
+      memcpy(&bits, source, 8);
+    } else {
+      uint32_t two;
+      memcpy(&two, source, 4);
+      bits = two | static_cast<uint64_t>(source[2].bits) << 32;
+    }
+    typedef uint64_t Pair __attribute__((vector_size(16)));
+    v.lane = widen_four<T>(reinterpret_cast<Halves>(Pair{bits, 0}));
+    return v;
+  }
+#endif
+  JAXWARP_UNROLL for (int i = 0; i < V; ++i) v.lane[i] = widen(source[i]);
+  return v;
+}
+template <int V, class T>
+JAXWARP_HD void store_halves(T* target, const Lanes<float, V>& v) {
+#if defined(JAXWARP_SHUFFLE)
+  if constexpr (V == 8) {
+    const Halves low = narrow_four<T>(JAXWARP_SHUFFLE(v.lane, v.lane, 0, 1, 2, 3));
+    const Halves high = narrow_four<T>(JAXWARP_SHUFFLE(v.lane, v.lane, 4, 5, 6, 7));
+    const Halves bits = JAXWARP_SHUFFLE(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
+    memcpy(target, &bits, sizeof(bits));
+    return;
+  } else if constexpr (V == 3 || V == 4) {
+    const Halves words = narrow_four<T>(v.lane);
+    const Halves bits = JAXWARP_SHUFFLE(words, words, 0, 2, 4, 6, 0, 2, 4, 6);
+    memcpy(target, &bits, V * sizeof(T));
+    return;
+  }
+#endif
+  JAXWARP_UNROLL for (int i = 0; i < V; ++i) target[i] = narrow<T>(v.lane[i]);
+}
+
 // kMayReadOn: the value behind them may be read as well, which makes one access of three values.
 template <int V, bool kMayReadOn = false, class T>
 JAXWARP_HD Lanes<Accumulator<T>, V> load(const T* source) {
   Lanes<Accumulator<T>, V> v;
   if constexpr (!std::is_same_v<T, Accumulator<T> >) {
-    JAXWARP_UNROLL for (int i = 0; i < V; ++i) v.lane[i] = widen(source[i]);
+    return load_halves<V, kMayReadOn>(source);
   } else if constexpr (V == 3 && !kMayReadOn) {
-    const auto pair = *reinterpret_cast<const typename Unaligned<T, 2>::Vector*>(source);
-    v.lane = typename Lanes<T, 3>::Vector{pair[0], pair[1], source[2], 0};
+    // Two at once and one, as store() writes them: else this would wait until they are in memory.
+    if constexpr (sizeof(T) == 4) {
+      typedef int64_t Pair __attribute__((vector_size(16)));
+      Pair pair = {};
+      memcpy(&pair, source, 8);
+      memcpy(&v.lane, &pair, sizeof(pair));
+      v.lane[2] = source[2];
+      return v;
+    }
+#if defined(JAXWARP_SHUFFLE)
+    typedef T Pair __attribute__((vector_size(2 * sizeof(T))));
+    const Pair first = *reinterpret_cast<const typename Unaligned<T, 2>::Vector*>(source);
+    v.lane = JAXWARP_SHUFFLE(first, (Pair{source[2], 0}), 0, 1, 2, 3);
+#else
+    v.lane = typename Lanes<T, 3>::Vector{source[0], source[1], source[2], 0};
+#endif
   } else {
     constexpr int kRead = V == 3 ? 4 : V;
     v.lane = *reinterpret_cast<const typename Unaligned<T, kRead>::Vector*>(source);
@@ -293,9 +473,16 @@ JAXWARP_HD Lanes<Accumulator<T>, V> load(const T* source) {
 template <int V, class T>
 JAXWARP_HD void store(T* target, const Lanes<Accumulator<T>, V>& v) {
   if constexpr (!std::is_same_v<T, Accumulator<T> >) {
-    JAXWARP_UNROLL for (int i = 0; i < V; ++i) target[i] = narrow<T>(v.lane[i]);
+    store_halves(target, v);
   } else if constexpr (V == 3) {
     using Pair = typename Unaligned<T, 2>::Vector;
+#if defined(JAXWARP_SHUFFLE)
+    if constexpr (sizeof(T) == 8) {
+      *reinterpret_cast<Pair*>(target) = JAXWARP_SHUFFLE(v.lane, v.lane, 0, 1);
+      target[2] = JAXWARP_SHUFFLE(v.lane, v.lane, 2, 3)[0];
+      return;
+    }
+#endif
     *reinterpret_cast<Pair*>(target) = Pair{v.lane[0], v.lane[1]};
     target[2] = v.lane[2];
   } else {

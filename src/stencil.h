@@ -251,6 +251,9 @@ struct Stencil {
     return inside ? sum : -1;
   }
 
+  // The same in a plane, whose pixels are neighbours.
+  JAXWARP_HD Index plane_offset(int k, const Index* stride) const { return offset(k, stride); }
+
   // The factors of g(p, k), axis a differentiated order[a] times; and once and twice more, for
   // d/dp.
   JAXWARP_HD void weights(const Sampling& sampling, AxisWeights& w) const {
@@ -269,9 +272,13 @@ struct Stencil {
     return product;
   }
   // The same with axis `raised` taken from `dw`, whose orders are one higher.
-  static JAXWARP_HD Real weight(int k, const AxisWeights& w, const AxisWeights& dw, int raised) {
-    Real product = 1;
-    JAXWARP_UNROLL for (int a = 0; a < D; ++a) product *= (a == raised ? dw : w)[a][tap(k, a)];
+  template <class T>
+  static JAXWARP_HD T weight(int k, const T (&w)[D][kAxisTaps], const T (&dw)[D][kAxisTaps],
+                             int raised) {
+    T product = (raised == 0 ? dw : w)[0][tap(k, 0)];
+    JAXWARP_UNROLL for (int a = 1; a < D; ++a) {
+      product = product * (a == raised ? dw : w)[a][tap(k, a)];
+    }
     return product;
   }
   // The same, raised along axis a and along axis b.
@@ -310,6 +317,7 @@ struct PlainStencil : Stencil<M, D, Real, Index> {
 
   Index pixel;                         // the first corner's place in a plane
   Real corner_weight[Base::kCorners];  // as weight() gives them
+  Real* pull;                          // where the pulls of the corners are noted
   JAXWARP_HD PlainStencil() {
     Base::place = Place::kFinite;
     Base::interior = true;
@@ -319,6 +327,11 @@ struct PlainStencil : Stencil<M, D, Real, Index> {
   JAXWARP_HD Index offset(int k, const Index* stride) const {
     Index sum = pixel * stride[0];
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) sum += Base::tap(k, a) * stride[a];
+    return sum;
+  }
+  JAXWARP_HD Index plane_offset(int k, const Index* stride) const {
+    Index sum = pixel + Base::tap(k, 0);
+    JAXWARP_UNROLL for (int a = 1; a < D; ++a) sum += Base::tap(k, a) * stride[a];
     return sum;
   }
   JAXWARP_HD void weights(const Sampling& sampling, AxisWeights& w) const {

@@ -30,6 +30,7 @@ using Width = std::integral_constant<int, V>;
 // shorter, unless the caller knows that the channels divide into whole packs.
 template <class Index, bool kWholePacks = false>
 struct Channels {
+  static constexpr bool kOnePack = false;
   template <int V>
   static constexpr int kWidest = V;
   Index first, step, count;
@@ -68,6 +69,7 @@ struct Channels {
 // So many channels side by side as the compiler knows.
 template <class Index, int C>
 struct FixedChannels {
+  static constexpr bool kOnePack = true;
   template <int V>
   static constexpr int kWidest = C;
   static constexpr Index first = 0, count = C;
@@ -131,10 +133,11 @@ enum class Importances { kOne, kWeight, kAny };
 template <class A, Importances K>
 struct Importance {
   static constexpr bool kIsOne = K == Importances::kOne;
+  static constexpr bool kMayPeak = K == Importances::kAny;
   A value;
   const A* peak;
 
-  JAXWARP_HD bool peaks() const { return K == Importances::kAny && peak != nullptr; }
+  JAXWARP_HD bool peaks() const { return kMayPeak && peak != nullptr; }
 
   template <class Index>
   JAXWARP_HD A at(Index j) const {
@@ -226,9 +229,12 @@ struct Corners {
 };
 
 // Runs body(std::true_type) where a fast loop without tests will do, else body(std::false_type).
-template <class Body>
+// kAlways: the compiler may know that it will.
+template <bool kAlways, class Body>
 JAXWARP_HD void choose(bool plain, Body body) {
-  if (plain) {
+  if constexpr (kAlways) {
+    body(std::true_type{});
+  } else if (plain) {
     body(std::true_type{});
   } else {
     body(std::false_type{});
@@ -258,15 +264,33 @@ JAXWARP_HD bool differentiated(const Sampling& sampling) {
   return any;
 }
 
-// ct_points += sum_k pull_k dg(p, k)/dp
-template <class S, class A>
-JAXWARP_HD void add_slopes(const typename S::AxisWeights& w, const typename S::AxisWeights& dw,
-                           const A (&pull)[S::kCorners], A (&ct_points)[S::kDims]) {
+// ct_points += sum_k pull_k dg(p, k)/dp. T: of one point, or of several side by side.
+template <class S, class T>
+JAXWARP_HD void add_slopes(const T (&w)[S::kDims][S::kAxisTaps],
+                           const T (&dw)[S::kDims][S::kAxisTaps], const T (&pull)[S::kCorners],
+                           T (&ct_points)[S::kDims]) {
   JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) {
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-      const A slope = S::weight(k, w, dw, a);
-      if (S::kPlain || slope != 0) ct_points[a] += slope * pull[k];
+      const T slope = S::weight(k, w, dw, a);
+      if constexpr (!S::kPlain) {
+        if (slope == 0) return;
+      }
+      ct_points[a] += slope * pull[k];
     });
+  }
+}
+
+// The same for one point; a plain one notes its pulls, and their slopes are taken of many at once.
+template <class S, class A>
+JAXWARP_HD void pull_point(const Sampling& sampling, const S& at, const A (&pull)[S::kCorners],
+                           A (&ct_points)[S::kDims]) {
+  if constexpr (S::kPlain) {
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { at.pull[k] = pull[k]; });
+  } else {
+    typename S::AxisWeights w, dw;
+    at.weights(sampling, w);
+    at.slopes(sampling, dw);
+    add_slopes<S>(w, dw, pull, ct_points);
   }
 }
 
@@ -283,11 +307,11 @@ JAXWARP_HD void gather_point(const Sampling& sampling, const Shape<Index>& shape
     corner.plain = false;
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
       if (corner.offset[k] >= 0) {
-        corner.weight[k] *= importance.at(at.offset(k, shape.plane_stride));
+        corner.weight[k] *= importance.at(at.plane_offset(k, shape.plane_stride));
       }
     });
   }
-  choose(corner.plain, [&](auto plain) JAXWARP_INLINE {
+  choose<S::kPlain && !I::kMayPeak>(corner.plain, [&](auto plain) JAXWARP_INLINE {
     const bool beyond = !plain && !corner.any_inside();
     A fill = static_cast<A>(sampling.fill);
     if (beyond) {
@@ -305,7 +329,11 @@ JAXWARP_HD void gather_point(const Sampling& sampling, const Shape<Index>& shape
         if (plain || corner.offset[k] >= 0) {
           v = load<N, S::kPlain>(image + corner.offset[k] + c * shape.channel_stride);
         }
-        sum += corner.weight[k] * v;
+        if (plain && k == 0) {
+          sum = corner.weight[k] * v;
+        } else {
+          sum += corner.weight[k] * v;
+        }
       });
       store<N>(out + c * shape.point_channel_stride, sum);
     });
@@ -331,33 +359,34 @@ JAXWARP_HD void gather_tangent_point(const Sampling& sampling, const Shape<Index
   for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
     change[k] = S::weight_tangent(k, w, dw, d_point.points);
     if (importance.peaks() && corner.offset[k] >= 0) {
-      const A factor = importance.at(at.offset(k, shape.plane_stride));
+      const A factor = importance.at(at.plane_offset(k, shape.plane_stride));
       change[k] = factor * (change[k] + d_point.importance * corner.weight[k]);
       corner.weight[k] *= factor;
     }
     any_change = any_change || change[k] != 0;
   });
-  choose(corner.plain && !importance.peaks(), [&](auto plain) JAXWARP_INLINE {
-    const bool beyond = !plain && !corner.any_inside();
-    const A fill = beyond ? value_outside<A>(sampling, at.place, true, any_change)
-                          : static_cast<A>(sampling.fill);
-    channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
-      constexpr int N = decltype(width)::value;
-      Lanes<A, N> sum(beyond ? fill : A(0));
-      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-        if (!plain && beyond) return;
-        const bool inside = plain || corner.offset[k] >= 0;
-        const Index place = corner.offset[k] + c * shape.channel_stride;
-        if (plain || change[k] != 0) {
-          sum += change[k] * (inside ? load<N, S::kPlain>(image + place) : Lanes<A, N>(fill));
-        }
-        if (d_image != nullptr && inside && (plain || corner.weight[k] != 0)) {
-          sum += corner.weight[k] * load<N, S::kPlain>(d_image + place);
-        }
+  choose<S::kPlain && !I::kMayPeak>(
+      corner.plain && !importance.peaks(), [&](auto plain) JAXWARP_INLINE {
+        const bool beyond = !plain && !corner.any_inside();
+        const A fill = beyond ? value_outside<A>(sampling, at.place, true, any_change)
+                              : static_cast<A>(sampling.fill);
+        channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
+          constexpr int N = decltype(width)::value;
+          Lanes<A, N> sum(beyond ? fill : A(0));
+          for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+            if (!plain && beyond) return;
+            const bool inside = plain || corner.offset[k] >= 0;
+            const Index place = corner.offset[k] + c * shape.channel_stride;
+            if (plain || change[k] != 0) {
+              sum += change[k] * (inside ? load<N, S::kPlain>(image + place) : Lanes<A, N>(fill));
+            }
+            if (d_image != nullptr && inside && (plain || corner.weight[k] != 0)) {
+              sum += corner.weight[k] * load<N, S::kPlain>(d_image + place);
+            }
+          });
+          store<N>(d_out + c * shape.point_channel_stride, sum);
+        });
       });
-      store<N>(d_out + c * shape.point_channel_stride, sum);
-    });
-  });
 }
 
 // (2)  ct_points = sum_j (I(j) . ct_out) dg(p, j)/dp  is added to `ct_points`;
@@ -373,7 +402,7 @@ JAXWARP_HD void gather_vjp_point(const Sampling& sampling, const Shape<Index>& s
   at.weights(sampling, w);
   at.slopes(sampling, dw);
   const Corners<S> corner(at, shape.stride, w);
-  choose(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
+  choose<S::kPlain>(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
     if (!plain && !corner.any_inside()) {
       if (channels.count == 0) return;  // an empty sum is 0, even of NaN
       JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
@@ -384,7 +413,7 @@ JAXWARP_HD void gather_vjp_point(const Sampling& sampling, const Shape<Index>& s
       }
       return;
     }
-    Dot<A, Ch::template kWidest<V>> dot[S::kCorners];  // I(j) . ct_out
+    Dots<A, Ch::template kWidest<V>, S::kCorners, Ch::kOnePack> dots;  // I(j) . ct_out
     bool adds[S::kCorners];
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
       adds[k] = ct_image != nullptr && (plain || (corner.weight[k] != 0 && corner.offset[k] >= 0 &&
@@ -397,14 +426,14 @@ JAXWARP_HD void gather_vjp_point(const Sampling& sampling, const Shape<Index>& s
         const Index place = corner.offset[k] + c * shape.channel_stride;
         Lanes<A, N> v(static_cast<A>(sampling.fill));
         if (plain || corner.offset[k] >= 0) v = load<N, S::kPlain>(image + place);
-        dot[k].add(v, ct);
+        dots.add(k, v, ct);
         if (plain ? ct_image == nullptr : !adds[k]) return;
         add_to<N>(ct_image + place, corner.weight[k] * ct);
       });
     });
     A pull[S::kCorners];
-    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { pull[k] = dot[k].total(); });
-    add_slopes<S>(w, dw, pull, ct_points);
+    dots.total(pull);
+    pull_point(sampling, at, pull, ct_points);
   });
 }
 
@@ -426,9 +455,9 @@ JAXWARP_HD void gather_vjp_tangent_point(const Sampling& sampling, const Shape<I
   at.slopes(sampling, dw);
   at.curvatures(sampling, ddw);
   const Corners<S> corner(at, shape.stride, w);
-  Dot<A, Ch::template kWidest<V>> dot[S::kCorners];    // I(j) . ct_out
-  Dot<A, Ch::template kWidest<V>> d_dot[S::kCorners];  // dI(j) . ct_out + I(j) . d_ct_out
-  choose(corner.plain, [&](auto plain) JAXWARP_INLINE {
+  Dots<A, Ch::template kWidest<V>, S::kCorners, Ch::kOnePack> dots;  // I(j) . ct_out
+  Dots<A, Ch::template kWidest<V>, S::kCorners> d_dots;  // dI(j) . ct_out + I(j) . d_ct_out
+  choose<S::kPlain>(corner.plain, [&](auto plain) JAXWARP_INLINE {
     if (!plain && !corner.any_inside()) {
       if (channels.count == 0) return;  // an empty sum is 0, even of NaN
       JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
@@ -446,19 +475,20 @@ JAXWARP_HD void gather_vjp_tangent_point(const Sampling& sampling, const Shape<I
         const bool inside = plain || corner.offset[k] >= 0;
         Lanes<A, N> v(static_cast<A>(sampling.fill));
         if (inside) v = load<N, S::kPlain>(image + place);
-        dot[k].add(v, ct);
-        if (d_ct_out != nullptr) d_dot[k].add(v, d_ct);
-        if (inside && d_image != nullptr) d_dot[k].add(load<N, S::kPlain>(d_image + place), ct);
+        dots.add(k, v, ct);
+        if (d_ct_out != nullptr) d_dots.add(k, v, d_ct);
+        if (inside && d_image != nullptr) d_dots.add(k, load<N, S::kPlain>(d_image + place), ct);
       });
     });
-    A pull[S::kCorners];
-    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { pull[k] = d_dot[k].total(); });
-    add_slopes<S>(w, dw, pull, d_ct_points);
+    A pull[S::kCorners], d_pull[S::kCorners];
+    dots.total(pull);
+    d_dots.total(d_pull);
+    add_slopes<S>(w, dw, d_pull, d_ct_points);
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
       JAXWARP_UNROLL for (int b = 0; b < D; ++b) {
         for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
           const A curvature = S::weight(k, w, dw, ddw, a, b) * d_point.points[b];
-          if (curvature != 0) d_ct_points[a] += curvature * dot[k].total();
+          if (curvature != 0) d_ct_points[a] += curvature * pull[k];
         });
       }
     }
@@ -491,7 +521,7 @@ JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape,
   typename S::AxisWeights w;
   at.weights(sampling, w);
   const Corners<S> corner(at, shape.stride, w);
-  choose(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
+  choose<S::kPlain>(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
     A scale[S::kCorners];
     bool writes[S::kCorners];
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
@@ -499,7 +529,7 @@ JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape,
       writes[k] = plain || (corner.weight[k] != 0 && corner.offset[k] >= 0 &&
                             rows.contain(at.index(k, D - 1)));
       if (importance.peaks() && writes[k]) {
-        scale[k] = importance.at(at.offset(k, shape.plane_stride)) * corner.weight[k];
+        scale[k] = importance.at(at.plane_offset(k, shape.plane_stride)) * corner.weight[k];
       }
     });
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
@@ -513,7 +543,7 @@ JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape,
     if (coverage == nullptr || channels.first != 0) return;
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
       if (!plain && !writes[k]) return;
-      const Index j = at.offset(k, shape.plane_stride);
+      const Index j = at.plane_offset(k, shape.plane_stride);
       add_to<1>(coverage + j, Lanes<A, 1>(corner.weight[k]));
       if (weight != nullptr) add_to<1>(weight + j, Lanes<A, 1>(scale[k]));
     });
@@ -524,7 +554,7 @@ JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape,
 // gradient.
 template <class A>
 JAXWARP_HD bool is_hole(A coverage, A weight, A min_coverage) {
-  return coverage <= min_coverage || weight == 0;
+  return (coverage <= min_coverage) | (weight == 0);  // both, rather than a branch
 }
 
 // (5), the division: image(j) = N(j) / D(j), or the fill value in a hole.
@@ -535,7 +565,8 @@ JAXWARP_HD void normalise_pixel(const Shape<Index>& shape, A* image, A coverage,
   channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
     constexpr int N = decltype(width)::value;
     const Lanes<A, N> sum = load<N>(image + c * shape.channel_stride);
-    store<N>(image + c * shape.channel_stride, hole ? Lanes<A, N>(fill) : sum / weight);
+    store<N>(image + c * shape.channel_stride,
+             hole ? Lanes<A, N>(fill) : sum / Lanes<A, N>(weight));
   });
 }
 
@@ -548,10 +579,11 @@ struct SplatResidual {
   const A* peak;    // null: no softmax
   A min_coverage;
 
-  // Is target j none of the holes? With its D(j).
-  template <class Index>
+  // Is target j none of the holes? With its D(j). kIsOne: all importances are, see Importances.
+  template <bool kIsOne = false, class Index>
   JAXWARP_HD bool divides(Index j, A& divisor) const {
-    divisor = weight != nullptr ? weight[j] : coverage[j];
+    divisor = kIsOne || weight == nullptr ? coverage[j] : weight[j];
+    if (kIsOne) return divisor > min_coverage;  // which is at least 0
     return !is_hole(coverage[j], divisor, min_coverage);
   }
 };
@@ -584,7 +616,7 @@ JAXWARP_HD void splat_tangent_point(const Sampling& sampling, const Shape<Index>
     share[k] = change[k] = 0;
     writes[k] = corner.offset[k] >= 0 && rows.contain(at.index(k, S::kDims - 1));
     if (!writes[k]) return;
-    const Index j = at.offset(k, shape.plane_stride);
+    const Index j = at.plane_offset(k, shape.plane_stride);
     const A dg = S::weight_tangent(k, w, dw, d_point.points);
     if (d_coverage != nullptr && channels.first == 0 && dg != 0) {
       add_to<1>(d_coverage + j, Lanes<A, 1>(dg));
@@ -599,7 +631,7 @@ JAXWARP_HD void splat_tangent_point(const Sampling& sampling, const Shape<Index>
     change[k] = (weight * dg + d_weight * corner.weight[k]) / divisor;
     plain = plain && writes[k];
   });
-  choose(plain, [&](auto plain) JAXWARP_INLINE {
+  choose<false>(plain, [&](auto plain) JAXWARP_INLINE {
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
       const Lanes<A, N> f = load<N>(values + c * shape.point_channel_stride);
@@ -618,14 +650,36 @@ JAXWARP_HD void splat_tangent_point(const Sampling& sampling, const Shape<Index>
   });
 }
 
+// share = w g / D and inverse = 1 / D of every corner: for few corners by one division.
+template <bool kDivides, bool kIsOne, int K, class A>
+JAXWARP_HD void divide_corners(const A (&weight)[K], const A (&g)[K], const A (&divisor)[K],
+                               A (&share)[K], A (&inverse)[K]) {
+  if constexpr (!kDivides) {
+    for_corners<K>([&](int k) JAXWARP_INLINE { share[k] = weight[k] * g[k]; });
+  } else if constexpr (K == 4) {
+    const Lanes<A, K> inverses = Lanes<A, K>(A(1)) / Lanes<A, K>(divisor);
+    Lanes<A, K> shares = Lanes<A, K>(g) * inverses;
+    if constexpr (!kIsOne) shares = Lanes<A, K>(weight) * shares;
+    JAXWARP_UNROLL for (int k = 0; k < K; ++k) {
+      share[k] = shares.lane[k];
+      inverse[k] = inverses.lane[k];
+    }
+  } else {
+    for_corners<K>([&](int k) JAXWARP_INLINE {
+      inverse[k] = A(1) / divisor[k];
+      share[k] = weight[k] * (g[k] * inverse[k]);
+    });
+  }
+}
+
 // (6)  ct_values = sum_j w g(p, j) ct(j) / D(j);
 //      ct_points = sum_j ct(j) . (f - out(j)) w / D(j) dg(p, j)/dp;
 //      ct_importance = sum_j ct(j) . (f - out(j)) g(p, j) / D(j), for softmax, where it is that of
 //      the logit, times w.  For a sum, out = 0 and D = 1.
 // A cotangent of the coverage adds ct_coverage(j) dg(p, j)/dp. The last two are added to.
-template <int V, Reduce R, class S, class T, class Ch, class Index = typename S::Index>
+template <int V, Reduce R, class S, class T, class I, class Ch, class Index = typename S::Index>
 JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,
-                                const T* values, Accumulator<T> importance,
+                                const T* values, const I& importance,
                                 const SplatResidual<Accumulator<T>>& residual, const T* ct_image,
                                 const Accumulator<T>* ct_coverage,
                                 const PointCotangent<T>& ct_values, Index value_offset,
@@ -633,72 +687,75 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
                                 Accumulator<T>& ct_importance, const Ch& channels) {
   using A = Accumulator<T>;
   constexpr bool kDivides = R != Reduce::kSum;
-  typename S::AxisWeights w, dw;
+  typename S::AxisWeights w;
   at.weights(sampling, w);
-  at.slopes(sampling, dw);
   const Corners<S> corner(at, shape.stride, w);
 
-  Dot<A, Ch::template kWidest<V>> dot[S::kCorners];    // ct(j) . (f - out(j))
-  A divisor[S::kCorners];                              // D(j)
-  A share[S::kCorners];                                // w g(p, j) / D(j)
-  A softmax[R == Reduce::kSoftmax ? S::kCorners : 1];  // w, where it differs from j to j
-  bool reads[S::kCorners];
+  constexpr int K = S::kCorners;
+  Dots<A, Ch::template kWidest<V>, K, Ch::kOnePack> dots;  // ct(j) . (f - out(j))
+  A divisor[K];                                            // D(j)
+  A weight[K];  // w, which differs from j to j for softmax
+  bool reads[K];
   bool plain = corner.plain;
-  const auto weight = [&](int k) JAXWARP_INLINE {
-    if constexpr (R == Reduce::kSoftmax) {
-      return softmax[k];
-    } else {
-      return importance;
-    }
-  };
-  for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+  for_corners<K>([&](int k) JAXWARP_INLINE {
     divisor[k] = 1;
-    reads[k] = corner.offset[k] >= 0;
-    if constexpr (R == Reduce::kSoftmax) softmax[k] = 0;
+    weight[k] = importance.value;
+    reads[k] = S::kPlain || corner.offset[k] >= 0;
     if (kDivides && reads[k]) {
-      const Index j = at.offset(k, shape.plane_stride);
-      reads[k] = residual.divides(j, divisor[k]);
-      if constexpr (R == Reduce::kSoftmax)
-        softmax[k] = softmax_weight(importance, residual.peak[j]);
+      const Index j = at.plane_offset(k, shape.plane_stride);
+      reads[k] = residual.template divides<I::kIsOne>(j, divisor[k]);
+      if constexpr (R == Reduce::kSoftmax) {
+        weight[k] = softmax_weight(importance.value, residual.peak[j]);
+      }
     }
-    share[k] = reads[k] ? weight(k) * corner.weight[k] / divisor[k] : A(0);
-    plain = plain && share[k] != 0;
+    if (!I::kIsOne) plain = plain & (weight[k] * corner.weight[k] != 0);
+    plain = plain & reads[k];
   });
-  choose(plain, [&](auto plain) JAXWARP_INLINE {
+  A share[K], inverse[K];  // w g(p, j) / D(j), 1 / D(j)
+  divide_corners<kDivides, I::kIsOne>(weight, corner.weight, divisor, share, inverse);
+
+  choose<false>(plain, [&](auto plain) JAXWARP_INLINE {
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
       const Lanes<A, N> f = load<N>(values + c * shape.point_channel_stride);
       Lanes<A, N> ct_f(A(0));
-      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+      for_corners<K>([&](int k) JAXWARP_INLINE {
         if (!plain && !reads[k]) return;
         const Index place = corner.offset[k] + c * shape.channel_stride;
         const Lanes<A, N> ct = load<N, S::kPlain>(ct_image + place);
         Lanes<A, N> difference = f;
         if constexpr (kDivides) difference = f - load<N, S::kPlain>(residual.image + place);
-        dot[k].add(ct, difference);
+        dots.add(k, ct, difference);
         if (plain || share[k] != 0) ct_f += share[k] * ct;
       });
       if (ct_values.data != nullptr) {
         ct_values.template emit<N>(value_offset + c * shape.point_channel_stride, ct_f);
       }
     });
-  });
-
-  A pull[S::kCorners];
-  for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-    pull[k] = 0;
-    if (!reads[k]) return;
-    const A per_weight = dot[k].total() / divisor[k];
-    if (weight(k) != 0) pull[k] = weight(k) * per_weight;
-    if (corner.weight[k] == 0) return;
-    ct_importance += (R == Reduce::kSoftmax ? pull[k] : per_weight) * corner.weight[k];
-  });
-  if (ct_coverage != nullptr && channels.first == 0) {
-    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-      if (corner.offset[k] >= 0) pull[k] += ct_coverage[at.offset(k, shape.plane_stride)];
+    A pull[K];
+    dots.total(pull);
+    for_corners<K>([&](int k) JAXWARP_INLINE {
+      if (!plain && !reads[k]) {
+        pull[k] = 0;
+        return;
+      }
+      if constexpr (kDivides) pull[k] *= inverse[k];
+      if constexpr (!I::kIsOne) {
+        const A per_weight = pull[k];
+        pull[k] = plain || weight[k] != 0 ? weight[k] * per_weight : A(0);
+        if (!plain && corner.weight[k] == 0) return;
+        ct_importance += (R == Reduce::kSoftmax ? pull[k] : per_weight) * corner.weight[k];
+      }
     });
-  }
-  add_slopes<S>(w, dw, pull, ct_points);
+    if (ct_coverage != nullptr && channels.first == 0) {
+      for_corners<K>([&](int k) JAXWARP_INLINE {
+        if (plain || corner.offset[k] >= 0) {
+          pull[k] += ct_coverage[at.plane_offset(k, shape.plane_stride)];
+        }
+      });
+    }
+    pull_point(sampling, at, pull, ct_points);
+  });
 }
 
 // The position of point n: its coordinates, or its flow, added to `pixel` of the flow field (0 for

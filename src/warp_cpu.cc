@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <tuple>
 
 #include "points.h"
 
@@ -25,7 +26,6 @@ struct CpuKernels {
 namespace {
 
 constexpr int64_t kGrain = 16384;  // values a task handles at least, so that scheduling stays cheap
-constexpr int64_t kTile = 64;      // neighbouring points whose rows are bounded together
 constexpr int64_t kBandsPerThread = 4;  // bands of rows per thread: evens out uneven flows
 constexpr int64_t kBandRows = 16;       // rows of a band at least: few points touch two bands
 
@@ -62,20 +62,22 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void
   state->finished.wait(lock, [&] { return state->done.load() == state->count; });
 }
 
-// Calls body(b, begin, end) for blocks of points, in parallel. With `own_points` one task visits
+// Calls body(b, first, last) for blocks of tiles, in parallel. With `own_points` one task visits
 // all batch elements of its points in order: it may add to what belongs to a point.
 template <class Body>
 void for_blocks(ffi::ThreadPool& pool, const Call& call, bool own_points, Body body) {
-  const int64_t points = call.shape.points, batches = call.batch.count;
+  const Tiles tiles(call);
+  const int64_t batches = call.batch.count;
   const int64_t width = (call.shape.channels + 2) * (own_points ? batches : 1);
-  const int64_t block = std::max<int64_t>(kGrain / std::max<int64_t>(width, 1) / kTile, 1) * kTile;
-  const int64_t blocks = (points + block - 1) / block;
+  const int64_t values = std::max<int64_t>(width * std::min(tiles.row, Tiles::kPoints), 1);
+  const int64_t block = std::max<int64_t>(kGrain / values, 1);
+  const int64_t blocks = (tiles.count + block - 1) / block;
   parallel_for(pool, own_points ? blocks : blocks * batches, [&](int64_t task) {
-    const int64_t begin = task % blocks * block, end = std::min(begin + block, points);
+    const int64_t first = task % blocks * block, last = std::min(first + block, tiles.count);
     if (own_points) {
-      for (int64_t b = 0; b < batches; ++b) body(b, begin, end);
+      for (int64_t b = 0; b < batches; ++b) body(b, first, last);
     } else {
-      body(task / blocks, begin, end);
+      body(task / blocks, first, last);
     }
   });
 }
@@ -84,12 +86,12 @@ template <class Types>
 void gather(ffi::ThreadPool& pool, const Call& call) {
   using T = typename Types::Value;
   dispatch_importances<false>(call, [&](auto kind) {
-    for_blocks(pool, call, false, [&](int64_t b, int64_t begin, int64_t end) {
+    for_blocks(pool, call, false, [&](int64_t b, int64_t first, int64_t last) {
       const auto image = at<const T>(call, call.image, b);
       const auto importances = importances_of<Accumulator<T>, kind>(call, b);
       const auto out = at<T>(call, call.values, b);
       for_points<Types>(
-          call, b, begin, end, AllRows{},
+          call, b, first, last, AllRows{}, NoCotangent{},
           [=, &call](int64_t n, const auto& stencil, const auto&, const auto& channels)
               JAXWARP_INLINE {
                 gather_point<kPack<T>>(call.sampling, call.shape, stencil, image, importances.of(n),
@@ -104,13 +106,13 @@ void gather_tangent(ffi::ThreadPool& pool, const Call& call) {
   using T = typename Types::Value;
   using A = Accumulator<T>;
   dispatch_importances<false>(call, [&](auto kind) {
-    for_blocks(pool, call, false, [&](int64_t b, int64_t begin, int64_t end) {
+    for_blocks(pool, call, false, [&](int64_t b, int64_t first, int64_t last) {
       const auto image = at<const T>(call, call.image, b),
                  d_image = at<const T>(call, call.d_image, b);
       const auto importances = importances_of<A, kind>(call, b);
       const auto d_points = point_tangents_of<Types::kDims, A>(call, b);
       const auto d_out = at<T>(call, call.d_values, b);
-      for_points<Types>(call, b, begin, end, AllRows{},
+      for_points<Types>(call, b, first, last, AllRows{}, NoCotangent{},
                         [=, &call](int64_t n, const auto& stencil, const auto&,
                                    const auto& channels) JAXWARP_INLINE {
                           gather_tangent_point<kPack<T>>(
@@ -153,20 +155,11 @@ void for_bands(ffi::ThreadPool& pool, const Call& call, const Operand& image, Wo
   const int64_t bands = std::max<int64_t>(1, std::min({wanted, rows / kBandRows, small}));
 
   // The rows that each tile of points touches.
-  const int64_t tiles = (points + kTile - 1) / kTile;
+  const int64_t tiles = Tiles(call).count;
   std::vector<Rows<int64_t>> touched(bands > 1 ? tiles * batches : 0);
   if (bands > 1) {
-    for_blocks(pool, call, false, [&](int64_t b, int64_t begin, int64_t end) {
-      for (int64_t first = begin; first < end; first += kTile) {
-        Rows<int64_t>* const tile = &touched[b * tiles + first / kTile];
-        *tile = {rows, 0};
-        for_points<Types>(
-            call, b, first, std::min(first + kTile, end), AllRows{},
-            [=](int64_t, const auto& stencil, const auto&, const auto&) JAXWARP_INLINE {
-              const Rows<int64_t> own = row_range(stencil);
-              *tile = {std::min(tile->begin, own.begin), std::max(tile->end, own.end)};
-            });
-      }
+    for_blocks(pool, call, false, [&](int64_t b, int64_t first, int64_t last) {
+      row_ranges<Types>(call, b, first, last, &touched[b * tiles + first]);
     });
   }
 
@@ -174,16 +167,22 @@ void for_bands(ffi::ThreadPool& pool, const Call& call, const Operand& image, Wo
     const auto& own = sources[task / bands];
     const int64_t band = task % bands;
     const Rows<int64_t> mine = {rows * band / bands, rows * (band + 1) / bands};
-    work(own.front(), mine, [&](const auto& prepare) {
+    const auto no_cotangent = [](int64_t) { return NoCotangent{}; };
+    work(own.front(), mine, [&](const auto& prepare, const auto&... of_points) {
+      const auto& cotangent = std::get<0>(std::tie(of_points..., no_cotangent));
       for (int64_t b : own) {
         const auto body = prepare(b);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          if (bands > 1) {
-            const Rows<int64_t> other = touched[b * tiles + tile];
-            if (other.begin >= mine.end || other.end <= mine.begin) continue;
-          }
+        const auto ct_points = cotangent(b);
+        const auto apart = [&](int64_t tile) {
+          if (bands == 1) return false;
+          const Rows<int64_t> other = touched[b * tiles + tile];
+          return other.begin >= mine.end || other.end <= mine.begin;
+        };
+        for (int64_t first = 0, last; first < tiles; first = last) {
+          for (last = first + 1; last < tiles && apart(first) == apart(last);) ++last;
+          if (apart(first)) continue;
           for_points<Types>(
-              call, b, tile * kTile, std::min((tile + 1) * kTile, points), mine,
+              call, b, first, last, mine, ct_points,
               [=](int64_t n, const auto& stencil, const auto& rows, const auto& channels)
                   JAXWARP_INLINE {
                     const bool all = std::is_same_v<decltype(rows), const AllRows&>;
@@ -224,23 +223,35 @@ void fill_zero_if_summed(ffi::ThreadPool& pool, const Operand& output, int64_t c
   });
 }
 
+// Unless the point is a plain one: it has left its pulls, see Tile.
+template <int D, class S, class A>
+JAXWARP_HD void emit_cotangent(const S&, int64_t n, const A (&ct)[D],
+                               const PointCotangent<A>& target) {
+  if constexpr (!S::kPlain) {
+    if (target.data != nullptr) target.template emit<D>(n * D, Lanes<A, D>(ct));
+  }
+}
+
 template <class Types>
 void gather_vjp(ffi::ThreadPool& pool, const Call& call) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
+  const auto cotangent = [&](int64_t b) {
+    return PointCotangent<A>{at<A>(call, call.ct_points, b), call.ct_points.summed};
+  };
   // What belongs to the points of batch element b; with the image's share where they are at home.
   const auto visitor = [&](int64_t b) {
     const auto image = at<const T>(call, call.image, b);
     const auto ct_values = at<const T>(call, call.ct_values, b);
-    const PointCotangent<A> target = {at<A>(call, call.ct_points, b), call.ct_points.summed};
+    const auto target = cotangent(b);
     return [=, &call](int64_t n, const auto& stencil, A* ct_image, const auto& rows,
                       const auto& channels) JAXWARP_INLINE {
       A ct[D] = {};
       gather_vjp_point<kPack<T>>(call.sampling, call.shape, stencil, image,
                                  ct_values + n * call.shape.point_stride, ct_image, rows, ct,
                                  channels);
-      target.template emit<D>(n * D, Lanes<A, D>(ct));
+      emit_cotangent<D>(stencil, n, ct, target);
     };
   };
 
@@ -249,9 +260,9 @@ void gather_vjp(ffi::ThreadPool& pool, const Call& call) {
   const bool apart = call.ct_image.data == nullptr || call.ct_points.summed;
   if (apart) {
     fill_zero_if_summed<A>(pool, call.ct_points, call.ct_points.count);
-    for_blocks(pool, call, call.ct_points.summed, [&](int64_t b, int64_t begin, int64_t end) {
+    for_blocks(pool, call, call.ct_points.summed, [&](int64_t b, int64_t first, int64_t last) {
       const auto visit = visitor(b);
-      for_points<Types>(call, b, begin, end, AllRows{},
+      for_points<Types>(call, b, first, last, AllRows{}, cotangent(b),
                         [=](int64_t n, const auto& stencil, const auto& rows, const auto& channels)
                             JAXWARP_INLINE { visit(n, stencil, nullptr, rows, channels); });
     });
@@ -261,20 +272,31 @@ void gather_vjp(ffi::ThreadPool& pool, const Call& call) {
   for_bands<Types>(pool, call, call.ct_image,
                    [&](int64_t first, const auto& rows, const auto& for_sources) {
                      fill_rows<D>(call, call.ct_image, first, rows, false, A(0));
-                     for_sources([&](int64_t b) {
-                       const auto visit = visitor(b);
+                     const auto image_alone = [&](int64_t b) {
                        const auto ct_image = at<A>(call, call.ct_image, b);
                        const auto ct_values = at<const T>(call, call.ct_values, b);
                        return [=, &call](int64_t n, const auto& stencil, const auto& rows,
-                                         const auto& channels, bool home) JAXWARP_INLINE {
-                         if (home && !apart) return visit(n, stencil, ct_image, rows, channels);
+                                         const auto& channels, bool) JAXWARP_INLINE {
                          A* const no_plane = nullptr;
                          splat_point<kPack<T>>(call.sampling, call.shape, stencil,
                                                ct_values + n * call.shape.point_stride,
                                                Importance<A, Importances::kOne>{1, nullptr},
                                                ct_image, no_plane, no_plane, rows, channels);
                        };
-                     });
+                     };
+                     if (apart) return for_sources(image_alone);
+                     for_sources(
+                         [&](int64_t b) {
+                           const auto visit = visitor(b);
+                           const auto splat = image_alone(b);
+                           const auto ct_image = at<A>(call, call.ct_image, b);
+                           return [=](int64_t n, const auto& stencil, const auto& rows,
+                                      const auto& channels, bool home) JAXWARP_INLINE {
+                             if (home) return visit(n, stencil, ct_image, rows, channels);
+                             splat(n, stencil, rows, channels, home);
+                           };
+                         },
+                         cotangent);
                    });
 }
 
@@ -284,14 +306,14 @@ void gather_vjp_tangent(ffi::ThreadPool& pool, const Call& call) {
   using T = typename Types::Value;
   using A = Accumulator<T>;
   fill_zero_if_summed<A>(pool, call.d_ct_points, call.d_ct_points.count);
-  for_blocks(pool, call, call.d_ct_points.summed, [&](int64_t b, int64_t begin, int64_t end) {
+  for_blocks(pool, call, call.d_ct_points.summed, [&](int64_t b, int64_t first, int64_t last) {
     const T* image = at<const T>(call, call.image, b);
     const T* ct_values = at<const T>(call, call.ct_values, b);
     const T* d_image = at<const T>(call, call.d_image, b);
     const T* d_ct_values = at<const T>(call, call.d_ct_values, b);
     const auto d_points = point_tangents_of<D, A>(call, b);
     const PointCotangent<A> target = {at<A>(call, call.d_ct_points, b), call.d_ct_points.summed};
-    for_points<Types>(call, b, begin, end, AllRows{},
+    for_points<Types>(call, b, first, last, AllRows{}, NoCotangent{},
                       [=, &call](int64_t n, const auto& stencil, const auto&, const auto& channels)
                           JAXWARP_INLINE {
                             const int64_t first = n * call.shape.point_stride;
@@ -317,11 +339,12 @@ void splat(ffi::ThreadPool& pool, const Call& call) {
     A* image = at<A>(call, call.image, b);
     const A* coverage = at<const A>(call, call.coverage, b);
     const A* weight = call.weight.data == nullptr ? coverage : at<const A>(call, call.weight, b);
-    const auto channels = all_channels<T>(call);
-    for (int64_t j = rows.begin * plane_row; j < rows.end * plane_row; ++j) {
-      normalise_pixel<kPack<T>>(call.shape, image + j * call.shape.stride[0], coverage[j],
-                                weight[j], min_coverage, fill, channels);
-    }
+    with_channels<Types>(call, [&](const auto& channels) {
+      for (int64_t j = rows.begin * plane_row; j < rows.end * plane_row; ++j) {
+        normalise_pixel<kPack<T>>(call.shape, image + j * call.shape.stride[0], coverage[j],
+                                  weight[j], min_coverage, fill, channels);
+      }
+    });
   };
   if (call.batch.count == 0) {  // no task owns the empty sums
     for (const Operand* output : {&call.image, &call.coverage, &call.weight}) {
@@ -411,36 +434,40 @@ void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
   fill_zero_if_summed<A>(pool, call.ct_importance, call.ct_importance.count);
   const bool own_points =
       call.ct_values.summed || call.ct_points.summed || call.ct_importance.summed;
-  dispatch_reduce<Types>(call, [&](auto reduce) {
-    for_blocks(pool, call, own_points, [&](int64_t b, int64_t begin, int64_t end) {
-      const T* values = at<const T>(call, call.values, b);
-      const auto importances = importances_of<A>(call, b);
+  const auto run = [&](auto reduce, auto kind) {
+    for_blocks(pool, call, own_points, [&](int64_t b, int64_t first, int64_t last) {
+      const auto values = at<const T>(call, call.values, b);
+      const auto importances = importances_of<A, kind>(call, b);
       const auto residual = splat_residual_of<A>(call, b);
-      const T* ct_image = at<const T>(call, call.ct_image, b);
-      const A* ct_coverage = at<const A>(call, call.ct_coverage, b);
+      const auto ct_image = at<const T>(call, call.ct_image, b);
+      const auto ct_coverage = at<const A>(call, call.ct_coverage, b);
       // Of either dtype, see PointCotangent: places in ct_values are counted in elements.
       const PointCotangent<T> ct_values = {call.ct_values.data, call.ct_values.summed};
       const int64_t first_value = call.batch.offset(b, call.ct_values.stride);
       const PointCotangent<A> ct_points = {at<A>(call, call.ct_points, b), call.ct_points.summed};
       const PointCotangent<A> ct_importance = {at<A>(call, call.ct_importance, b),
                                                call.ct_importance.summed};
-      for_points<Types>(call, b, begin, end, AllRows{},
-                        [=, &call](int64_t n, const auto& stencil, const auto&,
-                                   const auto& channels) JAXWARP_INLINE {
-                          const int64_t first = n * call.shape.point_stride;
-                          A ct_p[D] = {}, ct_w = 0;
-                          splat_vjp_point<kPack<T>, reduce>(
-                              call.sampling, call.shape, stencil, values + first,
-                              importances.of(n).value, residual, ct_image, ct_coverage, ct_values,
-                              first_value + first, ct_p, ct_w, channels);
-                          if (ct_points.data != nullptr) {
-                            ct_points.template emit<D>(n * D, Lanes<A, D>(ct_p));
-                          }
-                          if (ct_importance.data != nullptr) {
-                            ct_importance.template emit<1>(n, Lanes<A, 1>(ct_w));
-                          }
-                        });
+      for_points<Types>(
+          call, b, first, last, AllRows{}, ct_points,
+          [=, &call](int64_t n, const auto& stencil, const auto&, const auto& channels)
+              JAXWARP_INLINE {
+                const int64_t first = n * call.shape.point_stride;
+                A ct_p[D] = {}, ct_w = 0;
+                splat_vjp_point<kPack<T>, reduce>(
+                    call.sampling, call.shape, stencil, values + first, importances.of(n), residual,
+                    ct_image, ct_coverage, ct_values, first_value + first, ct_p, ct_w, channels);
+                emit_cotangent<D>(stencil, n, ct_p, ct_points);
+                if (kind != Importances::kOne && ct_importance.data != nullptr) {
+                  ct_importance.template emit<1>(n, Lanes<A, 1>(ct_w));
+                }
+              });
     });
+  };
+  dispatch_reduce<Types>(call, [&](auto reduce) {
+    constexpr std::integral_constant<Importances, Importances::kWeight> kGiven{};
+    if constexpr (reduce == Reduce::kSoftmax) return run(reduce, kGiven);
+    if (call.importance.data != nullptr) return run(reduce, kGiven);
+    run(reduce, std::integral_constant<Importances, Importances::kOne>{});
   });
 }
 

@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(Launch::kThreads) splat_vjp_kernel(const Work<
     splat_vjp_point<V, R>(
         call.sampling, work.shape, stencil_at<Types>(work, b, n),
         at<const T>(call, call.values, b) + n * work.shape.point_stride,
-        importances_of<A>(call, b).of(n).value, splat_residual_of<A>(call, b),
+        importances_of<A>(call, b).of(n), splat_residual_of<A>(call, b),
         at<const T>(call, call.ct_image, b), at<const A>(call, call.ct_coverage, b), ct_values,
         n * work.shape.point_stride, ct_p, ct_w, lane_channels(work, Index(0), V));
     const PointCotangent<A> ct_points = {at<A>(call, call.ct_points, b), call.ct_points.summed};
