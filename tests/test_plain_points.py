@@ -1,5 +1,7 @@
-"""The CPU's fast loop takes the plain points of float32 in blocks, the general one all others: the
-same numbers must come from both, in every place of a block and for every number of channels."""
+"""The CPU takes plain points apart from all others, a tile at a time: the same numbers must come
+from both, in every place of a tile, for every number of channels and every dtype."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,10 @@ import pytest
 import jaxwarp
 
 CHANNELS = (1, 2, 3, 4, 5, 7, 8, 11, 12, 17)
-WIDTHS = (2, 3, 7, 8, 9, 16, 21)
+WIDTHS = (2, 3, 7, 8, 9, 16, 21, 63, 64, 65, 130)
+# Of the largest result: sums of a few values of this size, and one rounding of results that are
+# stored in half types, of the values and of the cotangents.
+TOLERANCE = {"float64": 1e-13, "float32": 2e-5, "bfloat16": 2.0**-6, "float16": 2.0**-9}
 
 
 def arrays(shape, channels, seed=0, reach=3.0):
@@ -23,38 +28,43 @@ def arrays(shape, channels, seed=0, reach=3.0):
     return image, flow, ct
 
 
-def everything(image, flow, ct):
-    """Values and gradients, of float32 kernels."""
+def everything(module, image, flow, ct):
+    """Values and gradients."""
     results = []
-    for warp in (jaxwarp.backward_warp, jaxwarp.forward_warp):
+    for warp in (module.backward_warp, module.forward_warp):
         out, vjp = jax.vjp(warp, image, flow)
-        results += [out, *vjp(ct)]
+        results += [out, *vjp(ct.astype(out.dtype))]
     return results
 
 
-def wide(image, flow, ct):
-    """The same of float64 kernels, which have no fast loop, from the same numbers."""
-    with jax.enable_x64(True):
-        return [np.asarray(r) for r in everything(*(np.float64(x) for x in (image, flow, ct)))]
-
-
-def assert_single(actual, exact):
+def check(image, flow, ct, dtype="float32"):
+    """The kernels against the reference in float64, from the same numbers."""
+    real = np.float64 if dtype == "float64" else np.float32
+    inputs = image.astype(dtype), flow.astype(real), ct.astype(dtype)
+    actual = jax.jit(partial(everything, jaxwarp))(*inputs)
+    exact = jax.jit(partial(everything, jaxwarp.reference))(*(np.float64(x) for x in inputs))
     for a, e in zip(actual, exact, strict=True):
         scale = np.abs(e).max() + 1
-        np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5 * scale)
+        np.testing.assert_allclose(
+            np.float64(a), e, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale
+        )
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_width_and_channel_count(width, channels):
-    inputs = arrays((6, width), channels)
-    assert_single(jax.jit(everything)(*inputs), wide(*inputs))
+    check(*arrays((6, width), channels))
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_every_dtype(dtype, channels):
+    check(*arrays((6, 70), channels), dtype)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_volumes(channels):
-    inputs = arrays((5, 6, 11), channels)
-    assert_single(jax.jit(everything)(*inputs), wide(*inputs))
+    check(*arrays((5, 6, 11), channels))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 7])
