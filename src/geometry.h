@@ -33,11 +33,11 @@ struct Batch {
 
   JAXWARP_HD int64_t offset(int64_t b, const int64_t* stride) const {
     int64_t sum = 0;
-    for (int i = rank - 1; i >= 0; --i) {
+    for (int i = rank - 1; i > 0; --i) {
       sum += b % size[i] * stride[i];
       b /= size[i];
     }
-    return sum;
+    return rank > 0 ? sum + b * stride[0] : 0;  // one axis takes no division
   }
 };
 
