@@ -9,8 +9,10 @@ namespace nb = nanobind;
 NB_MODULE(JAXWARP_MODULE, m) {
   m.def("registrations", [] {
     nb::dict handlers;
-#define JAXWARP_ADD(target, Handler) \
-  handlers[#target] = nb::capsule(reinterpret_cast<void*>(Handler));
+#define JAXWARP_ADD(target, Handler)                                                      \
+  handlers[#target] = nb::capsule(reinterpret_cast<void*>(+[](XLA_FFI_CallFrame* frame) { \
+    return jaxwarp::guarded(Handler, frame, JAXWARP_NO_MEMORY(target));                   \
+  }));
     JAXWARP_HANDLERS(JAXWARP_ADD)
 #undef JAXWARP_ADD
     return handlers;

@@ -290,6 +290,18 @@ class Decoder {
     }
   }
 
+  // Products of sizes are formed freely below. An array with an empty axis may have others of any
+  // size; no array in memory comes near the limit.
+  static bool fits(Dims dims) {
+    constexpr int64_t kMaxElements = int64_t(1) << 48;
+    int64_t elements = 1;
+    for (const int64_t n : dims) {
+      if (n > kMaxElements / elements) return false;
+      elements *= std::max<int64_t>(n, 1);
+    }
+    return true;
+  }
+
   void read_shapes() {
     // Every signature has points, values and an image, the latter two maybe as tangent or
     // cotangent.
@@ -306,6 +318,7 @@ class Decoder {
     batch_rank_ = static_cast<int>(points.size()) - core_rank(Kind::kPoints);
     for (const Bound& b : bound_) {
       const auto got = b.buffer.dimensions();
+      if (!fits(got)) return fail(std::string(b.slot->name) + ": too large, got " + to_text(got));
       if (static_cast<int>(got.size()) != batch_rank_ + core_rank(b.slot->kind) ||
           batch_rank_ < 0) {
         return fail(std::string(b.slot->name) + ": unexpected rank, got " + to_text(got) +
@@ -457,7 +470,8 @@ class Decoder {
       }
     }
     const bool softmax = call_.reduce == Reduce::kSoftmax;
-    const auto is = [&](const Signature& signature) { return signature_.name == signature.name; };
+    const std::string_view name = signature_.name;
+    const auto is = [&](const Signature& signature) { return name == signature.name; };
     if (find("d_importance") && !find("importance")) fail("d_importance needs importance");
     if (const Bound* peak = find("peak"); peak || softmax) {
       if (!peak || !find("importance")) return fail("a peak needs importance, and softmax both");
@@ -474,6 +488,9 @@ class Decoder {
     }
     if (!is(kSplat) && !is(kSplatTangent) && !is(kSplatVjp)) return fail("only a splat is reduced");
     if (call_.channels_first) fail("channels_first: only a sum takes it");
+    if (call_.batch.count == 0 && (call_.image.summed || call_.d_image.summed)) {
+      fail("image: only a sum may have no batch element");
+    }
     if (call_.sampling.method == Method::kCubic) fail("method 'cubic': only a sum takes it");
     if (!find("image") || !find("coverage")) fail("an average needs image and coverage");
     if (!find("importance") != !find("weight"))
@@ -495,9 +512,13 @@ struct Types {
   using Value = T;
 };
 
-// Calls body(Types<...>) for the dtype of the call.
+// Calls body(Types<...>) for the dtype of the call. A build for tests may leave out all but
+// float32.
 template <Method M, int D, class Body>
 void dispatch_types(const Call& call, Body body) {
+#if defined(JAXWARP_FLOAT32_ONLY)
+  if (call.value_type == ffi::F32) body(Types<M, D, float>{});
+#else
   switch (call.value_type) {
     case ffi::F16:
       return body(Types<M, D, float16>{});
@@ -508,6 +529,7 @@ void dispatch_types(const Call& call, Body body) {
     default:
       return body(Types<M, D, float>{});
   }
+#endif
 }
 
 // Calls body(integral_constant) for the importances of the call; only a splat takes some without a
