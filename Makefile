@@ -6,9 +6,11 @@ VENV ?= .venv
 CUDA_ARCH ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CLANGXX ?= clang++
+FUZZ_ARGS ?= -max_total_time=1800
 
 BIN := $(abspath $(VENV))/bin
-CXX_FILES = $(wildcard src/* tests/cuda_shim/*)
+CXX_FILES = $(wildcard src/* tests/cuda_shim/* tests/native/*.cc)
 
 # pip's options for CMake variables: $(call define,NAME=VALUE ...)
 define = $(foreach variable,$(1),'--config-settings=cmake.define.$(variable)')
@@ -19,12 +21,16 @@ DEVELOP = JAXWARP_TESTS=ON JAXWARP_WERROR=$(if $(CI),ON,OFF) \
 	CMAKE_CUDA_ARCHITECTURES=$(or $(CUDA_ARCH),90) \
 	$(if $(CI),CMAKE_CUDA_FLAGS=-Xptxas=-O0 CMAKE_CUDA_FLAGS_RELEASE=-Xcicc=-O0)
 
+# Where the environment's jaxlib has its headers; for use in recipes.
+FFI_INCLUDE = $$($(BIN)/python -c "import jax; print(jax.ffi.include_dir())")
+
 # What depends on the version of Python and jax. The newest jax is on these Pythons, and one wheel
 # serves them all (stable ABI).
 LATER_PYTHONS ?= 3.12 3.13
 VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo sharding transforms)
 
-.PHONY: help demo test test-versions lint format dev bench wheel test-gpu gpu-report clean
+.PHONY: help demo test test-versions sanitize fuzz lint format dev bench wheel test-gpu gpu-report \
+  clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -86,10 +92,25 @@ test-versions: ## Run what depends on the version of jax, with the newest, on LA
 	  PYTHONSAFEPATH=1 $(VENV)-$$version/bin/pytest -n auto --maxprocesses=4 $(VERSION_TESTS); \
 	done
 
+sanitize: $(VENV)/.test ## Run the kernels under sanitizers on random calls; in CI, some kernels
+	JAXWARP_SANITIZE=$(if $(CI),few,all) PATH="$(BIN):$$PATH" PYTHONSAFEPATH=1 \
+	  $(BIN)/pytest -n 0 tests/test_native.py $(PYTEST_ARGS)
+
+# What libFuzzer has drawn stays in build/native/fuzz/corpus; FUZZ_ARGS are its options.
+fuzz: $(VENV)/.test ## Fuzz the kernels for half an hour, guided by coverage; needs Clang (CLANGXX)
+	cmake -S tests/native -B build/native/fuzz -DCMAKE_CXX_COMPILER=$(CLANGXX) \
+	  -DJAXWARP_LIBFUZZER=ON -DJAXWARP_SANITIZE=address,undefined \
+	  -DJAXWARP_XLA_INCLUDE_DIR=$(FFI_INCLUDE)
+	cmake --build build/native/fuzz --parallel 2
+	mkdir -p build/native/fuzz/corpus
+	cd build/native/fuzz && JAXWARP_FUZZ="cpu=./libcpu.so cuda=./libcuda_host.so" \
+	  ./driver corpus -max_len=512 $(FUZZ_ARGS)
+
 lint: $(VENV)/.test ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/clang-tidy --quiet src/warp_cpu.cc -- -std=c++17 -isystem $(FFI_INCLUDE)
 	$(BIN)/mypy
 
 format: $(VENV)/.test ## Format the sources

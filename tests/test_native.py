@@ -1,0 +1,123 @@
+"""The handlers under sanitizers, called by tests/native/driver.cc, without Python or XLA.
+
+The builds take minutes, so this runs where JAXWARP_SANITIZE says what to build: "few" kernels, as
+CI does, or "all" (`make sanitize`). JAXWARP_SANITIZE_SECONDS is the time of each run.
+"""
+
+import os
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import jax
+import pytest
+
+EXTENT = os.environ.get("JAXWARP_SANITIZE")
+SECONDS = os.environ.get("JAXWARP_SANITIZE_SECONDS", "15")
+if EXTENT not in ("few", "all"):
+    pytest.skip("needs JAXWARP_SANITIZE=few or all", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[1]
+MEMORY, RACES = "address,undefined", "thread"
+# What each build has, and what the driver may therefore draw. A race is as likely in one method or
+# dtype as in another.
+KERNELS = {
+    ("few", MEMORY): (("Linear",), (2, 3), True),
+    ("few", RACES): (("Linear",), (2,), True),
+    ("all", MEMORY): (("Nearest", "Linear", "Cubic"), (2, 3), False),
+    ("all", RACES): (("Linear", "Cubic"), (2, 3), True),
+}
+
+
+@cache
+def build(sanitizers):
+    methods, dims, float32_only = KERNELS[EXTENT, sanitizers]
+    folder = ROOT / "build" / "native" / f"{EXTENT}-{sanitizers.replace(',', '-')}"
+    definitions = {
+        "JAXWARP_XLA_INCLUDE_DIR": jax.ffi.include_dir(),
+        "JAXWARP_SANITIZE": sanitizers,
+        "JAXWARP_METHODS": ";".join(methods),
+        "JAXWARP_DIMS": ";".join(map(str, dims)),
+        "JAXWARP_FLOAT32_ONLY": "ON" if float32_only else "OFF",
+    }
+    defined = [f"-D{name}={value}" for name, value in definitions.items()]
+    subprocess.run(["cmake", "-S", ROOT / "tests" / "native", "-B", folder, *defined], check=True)
+    jobs = str(os.cpu_count())
+    subprocess.run(["cmake", "--build", folder, "--parallel", jobs], check=True)
+    return folder
+
+
+def drive(sanitizers, *, cpu="cpu", cuda=None, fault="", **options):
+    """(exit status, output) of the driver."""
+    methods, dims, float32_only = KERNELS[EXTENT, sanitizers]
+    folder = build(sanitizers)
+    options |= {
+        "cpu": folder / f"lib{cpu}.so",
+        "methods": ",".join(methods).lower(),
+        "dims": ",".join(map(str, dims)),
+        "dtypes": "float32" if float32_only else "float32,float64,bfloat16,float16",
+    }
+    if cuda:
+        options["cuda"] = folder / f"lib{cuda}.so"
+    command = [folder / "driver"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    environment = {**os.environ, "JAXWARP_FAULT": fault}
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600 + float(SECONDS),  # so long only if it hangs
+    )
+    print(done.stdout)
+    return done.returncode, done.stdout
+
+
+def counts(output):
+    """Of what the driver did, in the order of its last line."""
+    return [int(n) for n in re.findall(r"(\d+) (?:cases|calls|without|compared)", output)]
+
+
+def test_memory():
+    status, output = drive(MEMORY, cuda="cuda_host", seconds=SECONDS)
+    assert status == 0
+    assert min(counts(output)) > 0  # cases, calls, refused, out of memory, compared with CUDA
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+def test_races(callers):
+    status, output = drive(RACES, seconds=SECONDS, threads=callers)
+    assert status == 0
+    assert min(counts(output)[:3]) > 0
+
+
+@pytest.mark.parametrize(
+    ("sanitizers", "fault", "report"),
+    [
+        (MEMORY, "too long", "AddressSanitizer: heap-buffer-overflow"),
+        (MEMORY, "overflow", "runtime error: signed integer overflow"),
+        (MEMORY, "too short", "values differs: another thread count, other memory"),
+        (MEMORY, "threads", "values differs: another thread count, other memory"),
+        (MEMORY, "input", "an input was written to"),
+        (MEMORY, "no name", "an error that does not name the handler"),
+        (MEMORY, "throws", "refused: jaxwarp_gather: not enough memory for its scratch"),
+        (RACES, "race", "ThreadSanitizer: data race"),
+    ],
+)
+def test_faults_are_found(sanitizers, fault, report):
+    """A handler with a fault; and without one, nothing is found in it."""
+    status, output = drive(sanitizers, cpu="faulty", fault=fault, calls=4000)
+    assert status != 0
+    assert report in output
+    status, output = drive(sanitizers, cpu="faulty", calls=500)
+    assert status == 0, output
+
+
+def test_faults_between_cpu_and_cuda():
+    """What the CUDA kernels compute is compared: a faulty handler in their place is found."""
+    status, output = drive(MEMORY, cpu="cpu", cuda="faulty", calls=4000)
+    assert status != 0
+    assert re.search(r"driver: case \d+: (values differs: CPU and CUDA|CUDA: another)", output)
