@@ -128,6 +128,7 @@ struct Tile {
   static constexpr int kLanes = kPack<T>;
   using Reals = Lanes<Real, kLanes>;
   using Ints = Lanes<int32_t, kLanes>;
+  using Places = Lanes<uint32_t, kLanes>;  // of points outside they wrap around
   using Stencil = PlainStencil<Types::kMethod, D, Real, int64_t>;
   using AnyStencil = typename Stencil::Base;
   static constexpr int kCorners = Stencil::kCorners;
@@ -136,7 +137,7 @@ struct Tile {
   alignas(32) Real weight[kCorners][kPoints];
   alignas(32) Real pull[kPoints + kLanes][kCorners];
   alignas(32) int32_t first[D][kPoints];
-  alignas(32) int32_t pixel[kPoints];
+  alignas(32) uint32_t pixel[kPoints];
   // A bit for each point:
   uint64_t interior;  // all corners inside
   uint64_t plain;     // plain, and all its corners in the rows
@@ -186,9 +187,9 @@ struct Tile {
       }
       for_corners<kCorners>(
           [&](int k) JAXWARP_INLINE { store<kLanes>(weight[k] + g, Stencil::weight(k, w)); });
-      Ints at = cell[D - 1];
+      Places at = unsigned_of(cell[D - 1]);
       JAXWARP_UNROLL for (int a = D - 2; a >= 0; --a) {
-        at = static_cast<int32_t>(call.shape.size[a]) * at + cell[a];
+        at = static_cast<uint32_t>(call.shape.size[a]) * at + unsigned_of(cell[a]);
       }
       store<kLanes>(pixel + g, at);
 
@@ -267,6 +268,11 @@ struct Tile {
   }
 
  private:
+  static JAXWARP_WIDE Places unsigned_of(const Ints& cell) {
+    Places place;
+    place.lane = __builtin_convertvector(cell.lane, typename Places::Vector);
+    return place;
+  }
   // A bit for each lane of a comparison.
   template <class Mask>
   static JAXWARP_HD uint64_t bits(const Mask& mask) {
@@ -365,7 +371,7 @@ class Prefetcher {
       step_ = std::max<int64_t>(48 / std::max<int64_t>(shape.stride[0] * size, 1), 1);
     }
   }
-  void fetch(const int32_t* pixel, int64_t count) const {
+  void fetch(const uint32_t* pixel, int64_t count) const {
     for (int k = 0; k < count_; ++k) {
       for (int64_t i = 0; i < count; i += step_) {
         // The pixel of a point that is not inside means nothing, and fetching there does no harm.

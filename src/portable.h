@@ -52,8 +52,12 @@ struct AccumulatorOf<double> {
   using type = double;
 };
 template <>
-struct AccumulatorOf<int32_t> {  // places, side by side
+struct AccumulatorOf<int32_t> {  // cells and places, side by side
   using type = int32_t;
+};
+template <>
+struct AccumulatorOf<uint32_t> {
+  using type = uint32_t;
 };
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;

@@ -377,7 +377,7 @@ JAXWARP_HD void gather_tangent_point(const Sampling& sampling, const Shape<Index
             if (!plain && beyond) return;
             const bool inside = plain || corner.offset[k] >= 0;
             const Index place = corner.offset[k] + c * shape.channel_stride;
-            if (plain || change[k] != 0) {
+            if (change[k] != 0) {
               sum += change[k] * (inside ? load<N, S::kPlain>(image + place) : Lanes<A, N>(fill));
             }
             if (d_image != nullptr && inside && (plain || corner.weight[k] != 0)) {
@@ -642,8 +642,8 @@ JAXWARP_HD void splat_tangent_point(const Sampling& sampling, const Shape<Index>
         const Index place = corner.offset[k] + c * shape.channel_stride;
         Lanes<A, N> difference = f, v(A(0));
         if constexpr (kDivides) difference = f - load<N, S::kPlain>(residual.image + place);
-        if (plain || change[k] != 0) v = change[k] * difference;
-        if (plain || share[k] != 0) v += share[k] * df;
+        if (change[k] != 0) v = change[k] * difference;  // the same in every band, of inf as well
+        if (share[k] != 0) v += share[k] * df;
         add_to<N>(d_image + place, v);
       });
     });

@@ -56,7 +56,10 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void
   auto state = std::make_shared<State>();  // a late pool thread may look at it after this call
   state->body = &body;
   state->count = count;
-  for (int64_t t = 1; t < workers; ++t) pool.Schedule([state] { state->work(); });
+  try {
+    for (int64_t t = 1; t < workers; ++t) pool.Schedule([state] { state->work(); });
+  } catch (...) {  // no memory for a task: those that have been scheduled, and this thread, do all
+  }
   state->work();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->finished.wait(lock, [&] { return state->done.load() == state->count; });

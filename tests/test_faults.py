@@ -313,3 +313,29 @@ def test_one_hash():
         out, _ = run_python("-c", REPEATED, loads, 25, NPROC=str(threads))
         hashes |= set(out.split())
     assert len(hashes) == 1
+
+
+NON_FINITE = """
+import hashlib
+import jax, numpy as np
+import jaxwarp
+
+rng = np.random.default_rng(0)
+shape, count = (302, 33), 40_000
+values, d_values = rng.standard_normal((2, count, 8)).astype(np.float32)
+values[::7] = np.inf
+points = rng.uniform(1, np.array(shape[::-1]) - 3, (count, 2)).astype(np.float32)
+
+def moved(*primals_and_tangents):
+    splat = lambda values, points: jaxwarp.splat(values, points, shape, forward_mode=True)
+    return jax.jvp(splat, primals_and_tangents[:2], primals_and_tangents[2:])[1]
+
+out = jax.jit(moved)(values, points, d_values, 0 * points)
+print(hashlib.sha256(np.isnan(out)).hexdigest())
+"""
+
+
+def test_one_hash_of_non_finite_values():
+    """Where inf goes does not depend on the bands of rows that the threads take."""
+    hashes = {run_python("-c", NON_FINITE, NPROC=str(threads))[0] for threads in (1, 2, 8)}
+    assert len(hashes) == 1
