@@ -186,6 +186,27 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(n) for n in sizes)
 
 
+def _sources(
+    values: ArrayLike, points: ArrayLike, shape: Sequence[int]
+) -> tuple[Array, Array, tuple[int, ...]]:
+    """Values (N, C) and points (N, d) of an image of spatial `shape`, of any leading axes."""
+    values, points, sizes = _values("values", values), _points(points), _shape(shape)
+    dims = len(sizes)
+    if points.ndim == 0 or points.shape[-1] != dims:
+        got = points.shape[-1] if points.ndim else "a scalar"
+        raise ValueError(
+            f"points: expected a last axis of {dims} for shape {sizes}, got {got}; "
+            f"pass {AXES[dims][0]}"
+        )
+    if values.ndim == 0 or values.shape[:-1] != points.shape[:-1]:
+        raise ValueError(
+            f"values: expected shape {points.shape[:-1]} + (C,) for points of shape "
+            f"{points.shape}, got {values.shape}; pass one value of C channels per point"
+        )
+    count = math.prod(points.shape[:-1])
+    return values.reshape(count, values.shape[-1]), points.reshape(count, dims), sizes
+
+
 def gather(
     image: ArrayLike,
     points: ArrayLike,
@@ -301,25 +322,13 @@ def splat(
     Source: the numerator of equation (5) of Zhiwei Xu, "Notes: CUDA Implementation of
     Differentiable Image Warping" (2021).
     """
-    values, points, sizes = _values("values", values), _points(points), _shape(shape)
-    dims = len(sizes)
-    if points.ndim == 0 or points.shape[-1] != dims:
-        got = points.shape[-1] if points.ndim else "a scalar"
-        raise ValueError(
-            f"points: expected a last axis of {dims} for shape {sizes}, got {got}; "
-            f"pass {AXES[dims][0]}"
-        )
-    if values.ndim == 0 or values.shape[:-1] != points.shape[:-1]:
-        raise ValueError(
-            f"values: expected shape {points.shape[:-1]} + (C,) for points of shape "
-            f"{points.shape}, got {values.shape}; pass one value of C channels per point"
-        )
-    sampling = _sampling(method, boundary, 0.0, _orders(derivative, dims), False, deterministic)
+    values, points, sizes = _sources(values, points, shape)
+    orders = _orders(derivative, len(sizes))
+    sampling = _sampling(method, boundary, 0.0, orders, False, deterministic)
     _spatial("shape", sizes, boundary)
-    count = math.prod(points.shape[:-1])
     return _primitives.splat(
-        values.reshape(count, values.shape[-1]),
-        points.reshape(count, dims),
+        values,
+        points,
         None,
         sizes,
         sampling,
