@@ -6,6 +6,7 @@ from jaxwarp import flow, halo, reference
 from jaxwarp._ffi import export_checks
 from jaxwarp._grid_sample import grid_sample, to_normalized, to_pixels
 from jaxwarp._ops import backward_warp, forward_warp, gather, pixel_grid, splat
+from jaxwarp._reconstruct import reconstruct
 
 __all__ = [
     "backward_warp",
@@ -16,6 +17,7 @@ __all__ = [
     "grid_sample",
     "halo",
     "pixel_grid",
+    "reconstruct",
     "reference",
     "splat",
     "to_normalized",

@@ -10,6 +10,7 @@ alone has PyTorch's normalised positions and channels first.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -25,6 +26,7 @@ __all__ = [
     "gather",
     "grid_sample",
     "pixel_grid",
+    "reconstruct",
     "splat",
     "to_normalized",
     "to_pixels",
@@ -223,6 +225,39 @@ def grid_sample(
         return jnp.moveaxis(out, -1, 0)
 
     return jnp.vectorize(one, signature=signature[grid.shape[-1]])(input, grid)
+
+
+def reconstruct(
+    values: ArrayLike,
+    points: ArrayLike,
+    shape: Sequence[int],
+    *,
+    boundary: str = "constant",
+    damping: float = 0.0,
+    tol: float = 1e-5,
+    max_steps: int = 100,
+) -> Array:
+    """The image x (*shape, C) whose samples at `points` (*S, d) are `values` (*S, C): equation (3).
+
+    In the least-squares sense: the least |G x - f|^2 + damping |x|^2, where row i of the matrix G
+    holds the weights g(p_i, j) of (1); without damping, of all such x the one with the least
+    sum_j D_j x_j^2, where D_j is the coverage of (5), and 0 in holes. A source with a non-finite
+    coordinate is dropped. Solved to the last digit, whatever `tol` and `max_steps`.
+    """
+    values, points = jnp.asarray(values), jnp.asarray(points)
+    dtype, kept = _at_least_float32(values), _finite(points)
+    count, n = math.prod(points.shape[:-1]), math.prod(shape)
+    basis = jnp.eye(n, dtype=dtype).reshape(*shape, n)  # channel j is the image that is 1 at j
+    G = jnp.where(kept, gather(basis, jnp.where(kept, points, 0), boundary=boundary), 0)
+    f = jnp.where(kept, values, 0).astype(dtype)
+    G, f = G.reshape(count, n), f.reshape(count, values.shape[-1])
+    if damping > 0:
+        x = jnp.linalg.solve(G.T @ G + damping * jnp.eye(n, dtype=dtype), G.T @ f)
+    else:
+        D = G.sum(axis=0)
+        scale = jnp.where(D > 0, 1 / jnp.sqrt(jnp.where(D > 0, D, 1)), 0)
+        x = scale[:, None] * (jnp.linalg.pinv(G * scale) @ f)
+    return x.reshape(*shape, values.shape[-1]).astype(values.dtype)
 
 
 def to_pixels(grid: ArrayLike, shape: Sequence[int], *, align_corners: bool) -> Array:

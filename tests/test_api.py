@@ -59,6 +59,10 @@ OPERATIONS = {
             "deterministic": None,
         },
     ),
+    "reconstruct": (
+        ("values", "points", "shape"),
+        {"boundary": "constant", "damping": 0.0, "tol": 1e-5, "max_steps": 100},
+    ),
     "grid_sample": (
         ("input", "grid"),
         {

@@ -34,6 +34,10 @@ def splat(values, points, shape=(5, 6), **options):
     return jaxwarp.splat(values, points, shape, **options)
 
 
+def reconstruct(values, points, shape=(5, 6), **options):
+    return jaxwarp.reconstruct(values, points, shape, **options)
+
+
 def weighted(importance, **options):
     return jaxwarp.forward_warp(IMAGE, FLOW, importance=importance, **options)
 
@@ -133,6 +137,33 @@ WRONG = [
         FLOW[:0],
         boundary="reflect",
     ),
+    # reconstruct shares the checks of splat
+    case(TypeError, "values", FLOATS, "int32", reconstruct, VALUES.astype("int32"), POINTS),
+    case(TypeError, "points", "float32", "float16", reconstruct, VALUES, POINTS.astype("float16")),
+    case(ValueError, "points", "3", "2", reconstruct, VALUES, POINTS, (3, 4, 5)),
+    case(ValueError, "values", "(7,) + (C,)", "(6, 3)", reconstruct, VALUES[:6], POINTS),
+    case(ValueError, "shape", "(H, W)", "(5,)", reconstruct, VALUES, POINTS, (5,)),
+    case(
+        ValueError,
+        "shape",
+        "no empty axis",
+        "(0, 6)",
+        reconstruct,
+        VALUES,
+        POINTS,
+        (0, 6),
+        boundary="wrap",
+    ),
+    case(ValueError, "boundary", BOUNDARIES, "'?'", reconstruct, VALUES, POINTS, boundary="?"),
+    case(TypeError, "damping", "float", "str", reconstruct, VALUES, POINTS, damping="0"),
+    case(ValueError, "damping", ">= 0", "-1", reconstruct, VALUES, POINTS, damping=-1),
+    case(ValueError, "damping", "finite", "inf", reconstruct, VALUES, POINTS, damping=np.inf),
+    case(ValueError, "damping", ">= 0", "nan", reconstruct, VALUES, POINTS, damping=np.nan),
+    case(TypeError, "tol", "float", "NoneType", reconstruct, VALUES, POINTS, tol=None),
+    case(ValueError, "tol", ">= 0", "-0.1", reconstruct, VALUES, POINTS, tol=-0.1),
+    case(ValueError, "tol", ">= 0", "nan", reconstruct, VALUES, POINTS, tol=np.nan),
+    case(TypeError, "max_steps", "int", "float", reconstruct, VALUES, POINTS, max_steps=10.0),
+    case(ValueError, "max_steps", "at least 1", "0", reconstruct, VALUES, POINTS, max_steps=0),
     # options
     *of_every_warp(ValueError, "method", METHODS, "'bilinear'", method="bilinear"),
     *of_every_warp(ValueError, "method", METHODS, "None", method=None),
@@ -236,6 +267,14 @@ def test_wrong_call(error, argument, expected, received, call, arrays, options):
 
 
 def test_static_options_cannot_be_traced():
+    for option in ("damping", "tol", "max_steps"):
+
+        def find(value, option=option):
+            return reconstruct(VALUES, POINTS, **{option: value})
+
+        with pytest.raises(TypeError, match=f"{option}: expected a Python .*, got .*; .*"):
+            jax.jit(find)(1)
+
     for option in ("fill_value", "min_coverage"):
 
         def warp(value, option=option):
@@ -265,6 +304,7 @@ def test_pixel_grid_refuses_what_cannot_hold_a_position():
     [
         (jaxwarp.gather, (IMAGE, POINTS)),
         (splat, (VALUES, POINTS)),
+        (reconstruct, (VALUES, POINTS)),
         (jaxwarp.backward_warp, (IMAGE, FLOW)),
         (jaxwarp.forward_warp, (IMAGE, FLOW)),
     ],
