@@ -1,12 +1,16 @@
 """What a call needs beside its inputs and outputs: peak resident set, each case in its own process.
 
-`python -m benchmarks.memory` prints a table in Markdown. Needs Linux, which tells the peak.
+`python -m benchmarks.memory` prints a table in Markdown. Needs Linux, which tells what is resident.
 """
 
+import gc
 import json
 import math
+import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 from benchmarks import ROOT, cases
@@ -19,22 +23,31 @@ MEASURED = cases.of(
 )
 
 
-def resident(which: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at the highest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(which)))
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def measure(case: Case) -> dict:
-    """Peak of one call, above what is resident with inputs alone, and the bytes of the results."""
+    """The highest of a call above what is resident with inputs alone, and the bytes of results."""
     from benchmarks.peers import with_jax
 
     program = with_jax.build(peer="jaxwarp", case=case, threads=1)
-    program.cold()  # compiles; arrays so large go back to the operating system when freed
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    program.cold()  # compiles
+    gc.collect()
+    time.sleep(1)  # arrays so large go back to the operating system, a while after the last use
+    before, peak, ended = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(5e-4):
+            peak = max(peak, resident() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     results = program.cold()
-    peak = resident("VmHWM") - before
+    ended.set()
+    watcher.join()
     return {"peak": peak, "results": sum(result.nbytes for result in results)}
 
 

@@ -469,7 +469,9 @@ void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
   dispatch_reduce<Types>(call, [&](auto reduce) {
     constexpr std::integral_constant<Importances, Importances::kWeight> kGiven{};
     if constexpr (reduce == Reduce::kSoftmax) return run(reduce, kGiven);
-    if (call.importance.data != nullptr) return run(reduce, kGiven);
+    if (call.importance.data != nullptr || call.ct_importance.data != nullptr) {
+      return run(reduce, kGiven);
+    }
     run(reduce, std::integral_constant<Importances, Importances::kOne>{});
   });
 }
