@@ -84,14 +84,16 @@ JAXWARP_HD Words mask(Mask lanes) {
 }
 #endif
 
-// Exponent and mantissa moved into place are off by 2^112 in scale; the product restores subnormals
-// as well. An exponent of all ones (inf, NaN) has to become all ones again.
+// Exponent and mantissa move into place, and the exponent's bias grows by 112. A subnormal becomes
+// the fraction of 2^-14, from which 2^-14 is taken away: XLA's threads treat subnormal operands as
+// 0.
 template <class Float, class Word>
 JAXWARP_HD Float float_of_float16(Word half) {
-  const Word magnitude = half & 0x7fffu;
-  const Float scaled = bit_cast<Float>(magnitude << 13) * 0x1p112f;
-  const Word special = mask(magnitude >= 0x7c00u) & 0x7f800000u;
-  return bit_cast<Float>(bit_cast<Word>(scaled) | special | ((half & 0x8000u) << 16));
+  const Word magnitude = half & 0x7fffu, moved = magnitude << 13;
+  const Word subnormal = bit_cast<Word>(bit_cast<Float>(moved + 0x38800000u) - 0x1p-14f);
+  const Word special = mask(magnitude >= 0x7c00u) & 0x7f800000u;  // inf, NaN: all ones again
+  const Word finite = select(mask(magnitude < 0x400u), subnormal, moved + 0x38000000u);
+  return bit_cast<Float>(finite | special | ((half & 0x8000u) << 16));
 }
 
 // Both round to nearest even, as XLA does.

@@ -111,3 +111,14 @@ def test_coordinates_and_half_flows():
     np.testing.assert_array_equal(
         jaxwarp.backward_warp(image, half), jaxwarp.backward_warp(image, half.astype(np.float32))
     )
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 8])
+def test_subnormal_halves(channels):
+    """Float16 is subnormal below 6.1e-5, and XLA's threads treat subnormal float32 numbers as 0."""
+    tiny = np.array([6e-8, 1e-7, 3e-6, 3e-5, 6.1e-5, 7e-5, 1e-4, 1], np.float16)
+    image = np.broadcast_to(tiny[:, None, None], (8, 20, channels))
+    for flow in (np.zeros((8, 20, 2), np.float32), np.full((8, 20, 2), [0.25, 0], np.float32)):
+        out, vjp = jax.vjp(lambda i, flow=flow: jaxwarp.backward_warp(i, flow), image)
+        np.testing.assert_array_equal(out[:, :18], image[:, :18])
+        np.testing.assert_array_equal(vjp(image)[0][:, 1:18], image[:, 1:18])
