@@ -275,7 +275,7 @@ struct Tile {
   }
   // A bit for each lane of a comparison.
   template <class Mask>
-  static JAXWARP_HD uint64_t bits(const Mask& mask) {
+  static JAXWARP_WIDE uint64_t bits(const Mask& mask) {
 #if defined(__x86_64__)
     if constexpr (sizeof(mask[0]) == 4) {
       typedef float Vector __attribute__((vector_size(32)));
