@@ -419,10 +419,10 @@ void for_points(const Call& call, int64_t b, int64_t first, int64_t last, const 
   using T = typename Types::Value;
   using Real = Accumulator<T>;
   const Points<Types> points(call, b);
-  const auto channels = all_channels<T>(call);
+  const auto any_channels = all_channels<T>(call);  // their number is not a constant
   using AnyStencil = Stencil<Types::kMethod, D, Real, int64_t>;
   const auto visit = [&](int64_t n, const AnyStencil& stencil)
-                         __attribute__((noinline)) { body(n, stencil, rows, channels); };
+                         __attribute__((noinline)) { body(n, stencil, rows, any_channels); };
   if constexpr (kPlainLoop<Types>) {
     if (has_plain_loop<Types>(call)) {
       Rows<int64_t> all = {0, call.shape.size[D - 1]};
