@@ -75,6 +75,10 @@ def export_checks() -> list[DisabledSafetyCheck]:
     return [DisabledSafetyCheck.custom_call(name) for name in _cpu.registrations()]
 
 
+# Results that are sums over the points, in which several points meet.
+_SUMS = {"image", "coverage", "weight", "ct_image", "d_image", "d_coverage"}
+
+
 def call(
     target: str,
     inputs: dict[str, jax.Array],
@@ -91,7 +95,13 @@ def call(
     reduce: str = "sum",
     min_coverage: float = 0.0,
 ) -> dict[str, jax.Array]:
-    """Calls a kernel. Operands are matched by name: see the signatures in src/geometry.h."""
+    """Calls a kernel. Operands are matched by name: see the signatures in src/geometry.h.
+
+    `deterministic` is for a GPU, where it needs memory; on a CPU, results always are.
+    """
+    if deterministic and (sums := [x for name, x in outputs.items() if name in _SUMS]):
+        words = sum(x.size * (6 if x.dtype == np.float64 else 3) for x in sums)
+        outputs = outputs | {"scratch": jax.ShapeDtypeStruct((words,), np.uint32)}
     results = jax.ffi.ffi_call(target, list(outputs.values()))(
         *inputs.values(),
         inputs=" ".join(inputs),
@@ -107,4 +117,5 @@ def call(
         reduce=reduce,
         min_coverage=np.float64(min_coverage),
     )
-    return dict(zip(outputs, results, strict=True))
+    named = zip(outputs, results, strict=True)
+    return {name: result for name, result in named if name != "scratch"}

@@ -232,8 +232,10 @@ def gather(
         the interpolated image along x. ``None``: the value itself.
       forward_mode: allow `jax.jvp`, `jax.jacfwd` and `jax.linearize` too, where ``False`` allows
         reverse mode and derivatives of it.
-      deterministic: results on a CPU never depend on the run. ``None`` reads the environment
-        variable ``JAXWARP_DETERMINISTIC``.
+      deterministic: on a GPU, ``True`` gives sums over points (splats, gradients of the image) the
+        same bits in every run, for a second pass over the points and, during the call, 12 bytes of
+        memory per element of the sum (24 for float64). On a CPU they never depend on the run.
+        ``None`` reads the environment variable ``JAXWARP_DETERMINISTIC``.
 
     Returns:
       ``(*S, C)`` in the image's dtype, summed in float32 (float64 for float64).

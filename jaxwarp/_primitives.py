@@ -48,7 +48,7 @@ class Sampling(NamedTuple):
     fill_value: float
     derivative: Shape  # order along x, y[, z]
     displacement: bool  # points are a flow field: position = pixel + flow
-    deterministic: bool  # the same bits in every run, on a GPU too
+    deterministic: bool  # the same bits in every run on a GPU; on a CPU they always are
     channels_first: bool = False  # images (C, *shape) and values (C, N)
     cubic_a: float = -0.5  # the parameter of Keys' cubic kernel
 
@@ -354,6 +354,9 @@ def _define(
         computed = compute(operands, results, **params)
         return [computed[name] for name in results]
 
+    def lower_on_cpu(*arrays: Array, sampling: Sampling, **params: Any) -> list[Array]:
+        return lower(*arrays, sampling=sampling._replace(deterministic=False), **params)
+
     def batch(arrays: Any, axes: Any, **params: Any) -> Any:
         size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None)
         arrays = [
@@ -370,7 +373,8 @@ def _define(
     _sharding.register(primitive)
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=True))
+    mlir.register_lowering(primitive, mlir.lower_fun(lower_on_cpu, multiple_results=True))
+    mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=True), platform="cuda")
     batching.primitive_batchers[primitive] = batch
     return primitive
 
@@ -718,7 +722,7 @@ def _splat_residual(results: Operands) -> Operands:
 
 
 @jax.tree_util.register_static
-class _Static(tuple):
+class _Static(tuple[str, ...]):
     """Names that pass through a residual."""
 
 

@@ -146,7 +146,7 @@ class _Problem(NamedTuple):
         from b / weight; 0 where the weight is 0."""
         # An epsilon of the weight, about the rounding of the operator, makes it definite: without
         # it the steps grow without limit along what rounding leaves of b outside its range.
-        epsilon = jnp.finfo(b.dtype).eps
+        epsilon = np.finfo(b.dtype).eps
         scale = _reciprocal(weight)
         size = jnp.max(jnp.abs(b), initial=0)  # b / size has a square that is neither 0 nor inf,
         size = jnp.where(size == 0, 1, size)  # and is NaN all over if one value is not finite

@@ -32,8 +32,10 @@ __all__ = [
     "to_pixels",
 ]
 
+_Taps = dict[int, tuple[float, ...]]  # tap -> coefficients of its weight
 
-def _keys(a: float) -> dict:
+
+def _keys(a: float) -> _Taps:
     """The cubic kernel of Keys with parameter a, as an entry of METHODS."""
     return {
         -1: (a, -2 * a, a, 0.0),
@@ -46,7 +48,7 @@ def _keys(a: float) -> dict:
 # method -> (rounding that gives the base pixel, {tap: its weight as a polynomial in t}), with
 # t = x - base and the highest power first. floor makes t in [0, 1): every derivative is that of the
 # right-hand cell. "bicubic" is the mode of `grid_sample`, in 3-D too.
-METHODS: dict = {
+METHODS: dict[str, tuple[Callable[[Array], Array], _Taps]] = {
     "nearest": (jnp.round, {0: (1.0,)}),  # jnp.round takes ties to even
     "linear": (jnp.floor, {0: (-1.0, 1.0), 1: (1.0, 0.0)}),
     "cubic": (jnp.floor, _keys(-0.5)),

@@ -23,7 +23,8 @@ struct Operand {
   ffi::DataType dtype = ffi::DataType::INVALID;
   int64_t stride[kMaxBatch] = {};
   int64_t count = 0;
-  bool summed = false;  // an output with stride 0 along an axis that others have: the sum over it
+  int64_t first_sum = 0;  // its place among the sums of a deterministic call
+  bool summed = false;    // an output with stride 0 along an axis that others have: the sum over it
 };
 
 struct Batch {
@@ -43,6 +44,7 @@ struct Batch {
 
 // Which operands a handler takes; "?" marks those that may be absent. "T" is the storage type of
 // the values, "A" their accumulator's and that of positions and weights, "P" that of the points.
+// "scratch" is memory without meaning that a deterministic call with sums needs, uint32 (N,).
 struct Signature {
   const char* name;
   const char* inputs;
@@ -54,17 +56,17 @@ inline constexpr Signature kGatherTangent = {
     "jaxwarp_gather_tangent",
     "image:T points:P importance:A? peak:A? d_image:T? d_points:A? d_importance:A?", "d_values:T"};
 inline constexpr Signature kGatherVjp = {"jaxwarp_gather_vjp", "image:T points:P ct_values:T",
-                                         "ct_image:A? ct_points:A"};
+                                         "ct_image:A? ct_points:A scratch:U?"};
 inline constexpr Signature kGatherVjpTangent = {
     "jaxwarp_gather_vjp_tangent",
     "image:T points:P ct_values:T d_image:T? d_points:A? d_ct_values:T?", "d_ct_points:A"};
 inline constexpr Signature kSplat = {"jaxwarp_splat", "values:T points:P importance:A? peak:A?",
-                                     "image:A coverage:A? weight:A? peak:A?"};
+                                     "image:A coverage:A? weight:A? peak:A? scratch:U?"};
 inline constexpr Signature kSplatTangent = {
     "jaxwarp_splat_tangent",
     "values:T points:P importance:A? image:A? coverage:A? weight:A? peak:A? "
     "d_values:T? d_points:A? d_importance:A?",
-    "d_image:A d_coverage:A?"};
+    "d_image:A d_coverage:A? scratch:U?"};
 inline constexpr Signature kSplatVjp = {
     "jaxwarp_splat_vjp",
     "values:T points:P importance:A? ct_image:T image:A? coverage:A? weight:A? peak:A? "
@@ -86,6 +88,8 @@ struct Call {
   Operand d_image, d_points, d_values, d_importance, d_coverage;
   Operand ct_image, ct_points, ct_values, ct_importance, ct_coverage;
   Operand d_ct_points, d_ct_values;
+  void* scratch;
+  int64_t sums;  // elements of all outputs that are sums over the points
 };
 
 // What a kernel reads and writes, of batch element b; null where the operand is absent.
@@ -145,6 +149,7 @@ class Decoder {
     if (error_.empty()) read_shapes();
     if (error_.empty()) merge_batch_axes();
     if (error_.empty()) check_combination();
+    if (error_.empty()) place_sums();
     return error_.empty()
                ? ffi::Error::Success()
                : ffi::Error::InvalidArgument(std::string(signature_.name) + ": " + error_);
@@ -247,8 +252,13 @@ class Decoder {
     for (size_t i = 0; i < count; ++i) {
       const auto entry = std::find_if(entries.begin(), entries.end(),
                                       [&](std::string_view e) { return name_of(e) == given[i]; });
-      if (entry == entries.end() || find(given[i])) {
+      const bool scratch = given[i] == "scratch";
+      if (entry == entries.end() || find(given[i]) || (scratch && scratch_)) {
         return fail("operand " + std::string(given[i]) + " is unknown or given twice");
+      }
+      if (scratch) {  // has none of the axes that the others share
+        scratch_ = get(i);
+        continue;
       }
       const Slot* slot = std::find_if(std::begin(kSlots), std::end(kSlots),
                                       [&](const Slot& s) { return s.name == given[i]; });
@@ -497,10 +507,30 @@ class Decoder {
       fail("a weighted average needs importance and weight");
   }
 
+  // A deterministic call forms its sums in the scratch: the uint32 words of each, see FixedPoint.
+  void place_sums() {
+    for (const Bound& b : bound_) {
+      const bool on_image = b.slot->kind == Kind::kImage || b.slot->kind == Kind::kPlane;
+      if (!b.output || !on_image || b.slot->name == "peak") continue;
+      Operand& operand = call_.*b.slot->operand;
+      operand.first_sum = call_.sums;
+      call_.sums += operand.count;
+    }
+    const int64_t words = call_.sums * (call_.value_type == ffi::F64 ? 6 : 3);
+    const bool fits = scratch_ && static_cast<int64_t>(scratch_->element_count()) >= words;
+    if (scratch_ && scratch_->element_type() != ffi::U32) return fail("scratch: expected uint32");
+    if (call_.deterministic && words > 0 && !fits) {
+      return fail("scratch: a deterministic call needs " + std::to_string(words) + " uint32, got " +
+                  std::to_string(scratch_ ? scratch_->element_count() : 0));
+    }
+    if (scratch_) call_.scratch = scratch_->untyped_data();
+  }
+
   const Signature& signature_;
   Call& call_;
   int batch_rank_ = 0;
   std::vector<Bound> bound_;
+  std::optional<ffi::AnyBuffer> scratch_;
   std::string error_;
 };
 

@@ -511,10 +511,12 @@ JAXWARP_HD void peak_point(const Sampling& sampling, const Shape<Index>& shape, 
 
 // (5), before the division:  image(j) += w g(p, j) f,  coverage(j) += g(p, j),
 // weight(j) += w g(p, j),  for the corners in `rows`. The planes may be null.
-template <int V, class S, class T, class I, class RowsT, class Ch, class Index = typename S::Index>
+// Sum: a pointer to numbers, or what stands for one.
+template <int V, class S, class T, class I, class Sum, class RowsT, class Ch,
+          class Index = typename S::Index>
 JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape, const S& at,
-                            const T* values, const I& importance, Accumulator<T>* image,
-                            Accumulator<T>* coverage, Accumulator<T>* weight, const RowsT& rows,
+                            const T* values, const I& importance, const Sum& image,
+                            const Sum& coverage, const Sum& weight, const RowsT& rows,
                             const Ch& channels) {
   using A = Accumulator<T>;
   constexpr int D = S::kDims;
@@ -593,15 +595,15 @@ struct SplatResidual {
 //      d_image(j) += w g(p, j) / D(j) df + (w dp . dg(p, j)/dp + dw g(p, j)) / D(j) (f - out(j)),
 //      d_coverage(j) += dp . dg(p, j)/dp,  for the corners in `rows`.
 // With a peak, dw is w dlogit. d_values and d_coverage may be null.
-template <int V, Reduce R, class S, class T, class I, class RowsT, class Ch,
+template <int V, Reduce R, class S, class T, class I, class Sum, class RowsT, class Ch,
           class Index = typename S::Index>
 JAXWARP_HD void splat_tangent_point(const Sampling& sampling, const Shape<Index>& shape,
                                     const S& at, const T* values, const I& importance,
                                     const SplatResidual<Accumulator<T>>& residual,
                                     const T* d_values,
                                     const PointTangent<S::kDims, Accumulator<T>>& d_point,
-                                    Accumulator<T>* d_image, Accumulator<T>* d_coverage,
-                                    const RowsT& rows, const Ch& channels) {
+                                    const Sum& d_image, const Sum& d_coverage, const RowsT& rows,
+                                    const Ch& channels) {
   using A = Accumulator<T>;
   constexpr bool kDivides = R != Reduce::kSum;
   typename S::AxisWeights w, dw;

@@ -3,6 +3,7 @@
 // graph.
 #include <cuda_runtime.h>
 
+#include "fixed_point.h"
 #include "geometry.h"
 
 namespace jaxwarp {
@@ -24,8 +25,10 @@ namespace {
 struct Launch {
   static constexpr int kThreads =
       256;  // 8 warps: a full multiprocessor from 8 blocks up to 32 registers
+  static constexpr int kBlocks = 1;  // of a multiprocessor at least; else registers spill for more
   static constexpr int kPackBytes = 16;      // the widest load of a thread
   static constexpr int kMaxLanes = 32;       // threads that share a point: no more than a warp
+  static constexpr int kSummingLanes = 8;    // where they add up: a line of 128 bytes, 3 shuffles
   static constexpr int kSerialChannels = 4;  // so few unaligned channels stay with one thread
   static constexpr int64_t kMaxBatchBlocks = 65535;  // of gridDim.y
   static constexpr int64_t kMaxIndex32 = 1 << 29;  // elements: leaves room for 2 n in corner_index
@@ -56,6 +59,19 @@ __device__ void for_items(const Work<Index>& work, Body body) {
     body(b, static_cast<Index>(item));
 }
 
+// The sum over the lanes of a point, for the first of them; they all come here together.
+template <class Index, class A, int N>
+__device__ void add_lanes(const Work<Index>& work, A (&sum)[N]) {
+  const unsigned lanes = static_cast<unsigned>(work.lanes);
+  const unsigned first = threadIdx.x % 32 / lanes * lanes;
+  const unsigned together = ((1u << lanes) - 1) << first;
+  for (unsigned step = lanes / 2; step > 0; step /= 2) {
+    JAXWARP_UNROLL for (int i = 0; i < N; ++i) {
+      sum[i] += __shfl_down_sync(together, sum[i], step, static_cast<int>(lanes));
+    }
+  }
+}
+
 template <class Types, class Index>
 using StencilOf = Stencil<Types::kMethod, Types::kDims, Accumulator<typename Types::Value>, Index>;
 
@@ -84,7 +100,8 @@ __device__ StencilOf<Types, Index> stencil_at(const Work<Index>& work, int64_t b
 }
 
 template <class Types, int V, class Index>
-__global__ void __launch_bounds__(Launch::kThreads) gather_kernel(const Work<Index> work) {
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
+    gather_kernel(const Work<Index> work) {
   using T = typename Types::Value;
   const Call& call = work.call;
   for_items(work, [&](int64_t b, Index item) {
@@ -97,7 +114,8 @@ __global__ void __launch_bounds__(Launch::kThreads) gather_kernel(const Work<Ind
 }
 
 template <class Types, int V, class Index>
-__global__ void __launch_bounds__(Launch::kThreads) gather_tangent_kernel(const Work<Index> work) {
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
+    gather_tangent_kernel(const Work<Index> work) {
   using T = typename Types::Value;
   using A = Accumulator<T>;
   const Call& call = work.call;
@@ -112,17 +130,21 @@ __global__ void __launch_bounds__(Launch::kThreads) gather_tangent_kernel(const 
 }
 
 template <class Types, int V, class Index>
-__global__ void __launch_bounds__(Launch::kThreads) gather_vjp_kernel(const Work<Index> work) {
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
+    gather_vjp_kernel(const Work<Index> work) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
   const Call& call = work.call;
-  for_items(work, [&](int64_t b, Index n) {
+  for_items(work, [&](int64_t b, Index item) {
+    const Index n = item / work.lanes;
     A ct[D] = {};
-    gather_vjp_point<V>(
-        call.sampling, work.shape, stencil_at<Types>(work, b, n), at<const T>(call, call.image, b),
-        at<const T>(call, call.ct_values, b) + n * work.shape.point_stride,
-        at<A>(call, call.ct_image, b), AllRows{}, ct, lane_channels(work, Index(0), V));
+    gather_vjp_point<V>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
+                        at<const T>(call, call.image, b),
+                        at<const T>(call, call.ct_values, b) + n * work.shape.point_stride,
+                        at<A>(call, call.ct_image, b), AllRows{}, ct, lane_channels(work, item, V));
+    add_lanes(work, ct);
+    if (item % work.lanes != 0) return;
     const PointCotangent<A> target = {at<A>(call, call.ct_points, b), call.ct_points.summed};
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
       const Lanes<A, 1> one(ct[a]);
@@ -132,21 +154,23 @@ __global__ void __launch_bounds__(Launch::kThreads) gather_vjp_kernel(const Work
 }
 
 template <class Types, int V, class Index>
-__global__ void __launch_bounds__(Launch::kThreads)
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
     gather_vjp_tangent_kernel(const Work<Index> work) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
   const Call& call = work.call;
-  for_items(work, [&](int64_t b, Index n) {
-    const Index first = n * work.shape.point_stride;
+  for_items(work, [&](int64_t b, Index item) {
+    const Index n = item / work.lanes, first = n * work.shape.point_stride;
     const T* d_ct_values = at<const T>(call, call.d_ct_values, b);
     A d_ct[D] = {};
     gather_vjp_tangent_point<V>(
         call.sampling, work.shape, stencil_at<Types>(work, b, n), at<const T>(call, call.image, b),
         at<const T>(call, call.ct_values, b) + first, at<const T>(call, call.d_image, b),
         d_ct_values == nullptr ? nullptr : d_ct_values + first,
-        point_tangents_of<D, A>(call, b).of(n), d_ct, lane_channels(work, Index(0), V));
+        point_tangents_of<D, A>(call, b).of(n), d_ct, lane_channels(work, item, V));
+    add_lanes(work, d_ct);
+    if (item % work.lanes != 0) return;
     const PointCotangent<A> target = {at<A>(call, call.d_ct_points, b), call.d_ct_points.summed};
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
       const Lanes<A, 1> one(d_ct[a]);
@@ -155,8 +179,34 @@ __global__ void __launch_bounds__(Launch::kThreads)
   });
 }
 
-template <class Types, int V, class Index>
-__global__ void __launch_bounds__(Launch::kThreads) splat_kernel(const Work<Index> work) {
+// Where a kernel adds: to the results themselves, in any order ...
+template <class A>
+struct AtomicSums {
+  __device__ A* of(const Call& call, const Operand& operand, int64_t b) const {
+    return at<A>(call, operand, b);
+  }
+};
+// ... or in fixed point, so that the order does not matter.
+template <class A>
+struct FixedPointSums {
+  FixedPoint<A> sums;
+  __device__ FixedPoint<A> of(const Call& call, const Operand& operand, int64_t b) const {
+    FixedPoint<A> own = sums + (operand.first_sum + call.batch.offset(b, operand.stride));
+    if (operand.data == nullptr) own.limb = nullptr;
+    return own;
+  }
+};
+
+template <class A>
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
+    round_kernel(const FixedPoint<A> sums, A* result, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) result[i] = (sums + i).value();
+}
+
+template <class Types, int V, class Sums, class Index>
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
+    splat_kernel(const Work<Index> work, const Sums sums) {
   using T = typename Types::Value;
   using A = Accumulator<T>;
   const Call& call = work.call;
@@ -164,20 +214,22 @@ __global__ void __launch_bounds__(Launch::kThreads) splat_kernel(const Work<Inde
     const Index n = item / work.lanes;
     splat_point<V>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
                    at<const T>(call, call.values, b) + n * work.shape.point_stride,
-                   importances_of<Accumulator<T>>(call, b).of(n), at<A>(call, call.image, b),
-                   at<A>(call, call.coverage, b), at<A>(call, call.weight, b), AllRows{},
+                   importances_of<A>(call, b).of(n), sums.of(call, call.image, b),
+                   sums.of(call, call.coverage, b), sums.of(call, call.weight, b), AllRows{},
                    lane_channels(work, item, V));
   });
 }
 
 template <class A>
-__global__ void __launch_bounds__(Launch::kThreads) lowest_kernel(A* data, int64_t count) {
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
+    lowest_kernel(A* data, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < count) data[i] = -std::numeric_limits<A>::infinity();
 }
 
 template <class Types, class Index>
-__global__ void __launch_bounds__(Launch::kThreads) peak_kernel(const Work<Index> work) {
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
+    peak_kernel(const Work<Index> work) {
   using T = typename Types::Value;
   const Call& call = work.call;
   for_items(work, [&](int64_t b, Index n) {
@@ -189,7 +241,8 @@ __global__ void __launch_bounds__(Launch::kThreads) peak_kernel(const Work<Index
 
 // Items are the pixels of all images, which lie one behind the other.
 template <class A, int V, class Index>
-__global__ void __launch_bounds__(Launch::kThreads) normalise_kernel(const Work<Index> work) {
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
+    normalise_kernel(const Work<Index> work) {
   const Call& call = work.call;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t j = item / work.lanes;
@@ -202,8 +255,9 @@ __global__ void __launch_bounds__(Launch::kThreads) normalise_kernel(const Work<
                      lane_channels(work, static_cast<Index>(item % work.lanes), V));
 }
 
-template <class Types, int V, Reduce R, class Index>
-__global__ void __launch_bounds__(Launch::kThreads) splat_tangent_kernel(const Work<Index> work) {
+template <class Types, int V, Reduce R, class Sums, class Index>
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
+    splat_tangent_kernel(const Work<Index> work, const Sums sums) {
   using T = typename Types::Value;
   using A = Accumulator<T>;
   const Call& call = work.call;
@@ -215,18 +269,20 @@ __global__ void __launch_bounds__(Launch::kThreads) splat_tangent_kernel(const W
         at<const T>(call, call.values, b) + n * work.shape.point_stride,
         importances_of<A>(call, b).of(n), splat_residual_of<A>(call, b),
         d_values == nullptr ? nullptr : d_values + n * work.shape.point_stride,
-        point_tangents_of<Types::kDims, A>(call, b).of(n), at<A>(call, call.d_image, b),
-        at<A>(call, call.d_coverage, b), AllRows{}, lane_channels(work, item, V));
+        point_tangents_of<Types::kDims, A>(call, b).of(n), sums.of(call, call.d_image, b),
+        sums.of(call, call.d_coverage, b), AllRows{}, lane_channels(work, item, V));
   });
 }
 
 template <class Types, int V, Reduce R, class Index>
-__global__ void __launch_bounds__(Launch::kThreads) splat_vjp_kernel(const Work<Index> work) {
+__global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
+    splat_vjp_kernel(const Work<Index> work) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
   const Call& call = work.call;
-  for_items(work, [&](int64_t b, Index n) {
+  for_items(work, [&](int64_t b, Index item) {
+    const Index n = item / work.lanes;
     // Of either dtype, see PointCotangent: the batch offset is counted in elements.
     const int64_t first = call.batch.offset(b, call.ct_values.stride);
     const PointCotangent<T> ct_values = {
@@ -234,13 +290,16 @@ __global__ void __launch_bounds__(Launch::kThreads) splat_vjp_kernel(const Work<
         : call.ct_values.summed ? static_cast<void*>(static_cast<A*>(call.ct_values.data) + first)
                                 : static_cast<void*>(static_cast<T*>(call.ct_values.data) + first),
         call.ct_values.summed};
-    A ct_p[D] = {}, ct_w = 0;
-    splat_vjp_point<V, R>(
-        call.sampling, work.shape, stencil_at<Types>(work, b, n),
-        at<const T>(call, call.values, b) + n * work.shape.point_stride,
-        importances_of<A>(call, b).of(n), splat_residual_of<A>(call, b),
-        at<const T>(call, call.ct_image, b), at<const A>(call, call.ct_coverage, b), ct_values,
-        n * work.shape.point_stride, ct_p, ct_w, lane_channels(work, Index(0), V));
+    A ct_p[D] = {}, ct_w[1] = {};
+    splat_vjp_point<V, R>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
+                          at<const T>(call, call.values, b) + n * work.shape.point_stride,
+                          importances_of<A>(call, b).of(n), splat_residual_of<A>(call, b),
+                          at<const T>(call, call.ct_image, b),
+                          at<const A>(call, call.ct_coverage, b), ct_values,
+                          n * work.shape.point_stride, ct_p, ct_w[0], lane_channels(work, item, V));
+    add_lanes(work, ct_p);
+    add_lanes(work, ct_w);
+    if (item % work.lanes != 0) return;
     const PointCotangent<A> ct_points = {at<A>(call, call.ct_points, b), call.ct_points.summed};
     if (ct_points.data != nullptr) {
       JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
@@ -250,7 +309,7 @@ __global__ void __launch_bounds__(Launch::kThreads) splat_vjp_kernel(const Work<
     }
     const PointCotangent<A> ct_importance = {at<A>(call, call.ct_importance, b),
                                              call.ct_importance.summed};
-    const Lanes<A, 1> one(ct_w);
+    const Lanes<A, 1> one(ct_w[0]);
     if (ct_importance.data != nullptr) ct_importance.template emit<1>(n, one);
   });
 }
@@ -289,15 +348,21 @@ void with_pack_and_index(const Call& call, Body body) {
   }
 }
 
+// Which threads work on a point: one, several, or several that add up something.
+enum class Team { kOne, kAny, kSumming };
+
 template <class Index>
-Work<Index> work_on(const Call& call, int64_t items, int pack, bool split_channels,
-                    bool own_points) {
+Work<Index> work_on(const Call& call, int64_t items, int pack, Team team, bool own_points) {
   const int64_t packs = call.shape.channels / pack;
   // Channels-first, neighbouring points are what lies side by side.
   const bool serial =
-      !split_channels || call.channels_first || (pack == 1 && packs <= Launch::kSerialChannels);
-  const int64_t lanes =
-      serial ? 1 : std::min<int64_t>(std::max<int64_t>(packs, 1), Launch::kMaxLanes);
+      team == Team::kOne || call.channels_first || (pack == 1 && packs <= Launch::kSerialChannels);
+  int64_t lanes = serial ? 1 : std::min<int64_t>(std::max<int64_t>(packs, 1), Launch::kMaxLanes);
+  if (team == Team::kSumming) {  // a power of two
+    int64_t halved = Launch::kSummingLanes;
+    while (halved > lanes) halved /= 2;
+    lanes = halved;
+  }
   return {call, narrowed<Index>(call.shape), static_cast<Index>(lanes),
           static_cast<Index>(items * lanes), own_points};
 }
@@ -314,11 +379,11 @@ void launch_threads(cudaStream_t stream, int64_t threads, int64_t batch_blocks,
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <class Index>
-void launch(cudaStream_t stream, void (*kernel)(Work<Index>), const Work<Index>& work,
-            int64_t items, int64_t batches) {
+template <class Index, class... More>
+void launch(cudaStream_t stream, void (*kernel)(Work<Index>, More...), const Work<Index>& work,
+            int64_t items, int64_t batches, const More&... more) {
   const int64_t blocks = std::min(batches, work.own_points ? 1 : Launch::kMaxBatchBlocks);
-  launch_threads(stream, items * static_cast<int64_t>(work.lanes), blocks, kernel, work);
+  launch_threads(stream, items * static_cast<int64_t>(work.lanes), blocks, kernel, work, more...);
 }
 
 template <class A>
@@ -328,12 +393,38 @@ void fill_zero(cudaStream_t stream, const Operand& operand) {
   }
 }
 
+// Calls body(sums, Width<V>, index), which launches the kernel that adds to `outputs`; a
+// deterministic call twice. Its time goes into the additions, so one width and index will do.
+template <class Types, class Body>
+void with_sums(cudaStream_t stream, const Call& call, std::initializer_list<const Operand*> outputs,
+               Body body) {
+  using A = Accumulator<typename Types::Value>;
+  if (!call.deterministic) {
+    for (const Operand* output : outputs) fill_zero<A>(stream, *output);
+    return with_pack_and_index<typename Types::Value>(
+        call, [&](auto pack, auto index) { body(AtomicSums<A>{}, pack, index); });
+  }
+  if (call.sums == 0) return;
+  constexpr int64_t kCorners = StencilOf<Types, int64_t>::kCorners;
+  FixedPoint<A> sums(call.scratch, call.sums, call.shape.points * kCorners * call.batch.count);
+  cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(call.sums * sums.kBytes), stream);
+  for (const bool adds : {false, true}) {
+    sums.adds = adds;
+    body(FixedPointSums<A>{sums}, Width<1>{}, int64_t{});
+  }
+  for (const Operand* output : outputs) {
+    if (output->data == nullptr) continue;
+    launch_threads(stream, output->count, 1, round_kernel<A>, sums + output->first_sum,
+                   static_cast<A*>(output->data), output->count);
+  }
+}
+
 template <class Types>
 void gather(cudaStream_t stream, const Call& call) {
   with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
     using Index = decltype(index);
     constexpr int V = decltype(pack)::value;
-    const auto work = work_on<Index>(call, call.shape.points, V, true, false);
+    const auto work = work_on<Index>(call, call.shape.points, V, Team::kAny, false);
     launch(stream, gather_kernel<Types, V, Index>, work, call.shape.points, call.batch.count);
   });
 }
@@ -343,21 +434,33 @@ void gather_tangent(cudaStream_t stream, const Call& call) {
   with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
     using Index = decltype(index);
     constexpr int V = decltype(pack)::value;
-    const auto work = work_on<Index>(call, call.shape.points, V, true, false);
+    const auto work = work_on<Index>(call, call.shape.points, V, Team::kAny, false);
     launch(stream, gather_tangent_kernel<Types, V, Index>, work, call.shape.points,
            call.batch.count);
   });
 }
 
 template <class Types>
+void splat(cudaStream_t stream, const Call& call);
+
+template <class Types>
 void gather_vjp(cudaStream_t stream, const Call& call) {
+  if (call.deterministic && call.ct_image.data != nullptr) {  // a splat, and the points alone
+    Call image = call, points = call;
+    image.values = std::exchange(image.ct_values, {});
+    image.image = std::exchange(image.ct_image, {});
+    points.ct_image = {};
+    splat<Types>(stream, image);
+    return gather_vjp<Types>(stream, points);
+  }
   using A = Accumulator<typename Types::Value>;
   fill_zero<A>(stream, call.ct_image);
   if (call.ct_points.summed) fill_zero<A>(stream, call.ct_points);
   with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
     using Index = decltype(index);
     constexpr int V = decltype(pack)::value;
-    const auto work = work_on<Index>(call, call.shape.points, V, false, call.ct_points.summed);
+    const auto work =
+        work_on<Index>(call, call.shape.points, V, Team::kSumming, call.ct_points.summed);
     launch(stream, gather_vjp_kernel<Types, V, Index>, work, call.shape.points, call.batch.count);
   });
 }
@@ -369,7 +472,8 @@ void gather_vjp_tangent(cudaStream_t stream, const Call& call) {
   with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
     using Index = decltype(index);
     constexpr int V = decltype(pack)::value;
-    const auto work = work_on<Index>(call, call.shape.points, V, false, call.d_ct_points.summed);
+    const auto work =
+        work_on<Index>(call, call.shape.points, V, Team::kSumming, call.d_ct_points.summed);
     launch(stream, gather_vjp_tangent_kernel<Types, V, Index>, work, call.shape.points,
            call.batch.count);
   });
@@ -377,43 +481,50 @@ void gather_vjp_tangent(cudaStream_t stream, const Call& call) {
 
 template <class Types>
 void splat(cudaStream_t stream, const Call& call) {
-  using A = Accumulator<typename Types::Value>;
-  for (const Operand* output : {&call.image, &call.coverage, &call.weight})
-    fill_zero<A>(stream, *output);
-  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
-    using Index = decltype(index);
-    constexpr int V = decltype(pack)::value;
-    if (call.reduce == Reduce::kSoftmax) {
-      launch_threads(stream, call.peak.count, 1, lowest_kernel<A>, static_cast<A*>(call.peak.data),
-                     call.peak.count);
-      const auto points = work_on<Index>(call, call.shape.points, V, false, false);
+  using T = typename Types::Value;
+  using A = Accumulator<T>;
+  if (call.reduce == Reduce::kSoftmax) {
+    launch_threads(stream, call.peak.count, 1, lowest_kernel<A>, static_cast<A*>(call.peak.data),
+                   call.peak.count);
+    with_pack_and_index<T>(call, [&](auto pack, auto index) {
+      using Index = decltype(index);
+      const auto points = work_on<Index>(call, call.shape.points, pack, Team::kOne, false);
       launch(stream, peak_kernel<Types, Index>, points, call.shape.points, call.batch.count);
-    }
-    const auto work = work_on<Index>(call, call.shape.points, V, true, false);
-    launch(stream, splat_kernel<Types, V, Index>, work, call.shape.points, call.batch.count);
-    if (call.reduce != Reduce::kSum) {
-      // The accumulators are at least as wide as the values, so they are aligned to packs of 16
-      // bytes too.
-      constexpr int W = V == 1 ? 1 : Launch::kPackBytes / static_cast<int>(sizeof(A));
-      const auto pixels = work_on<Index>(call, 0, W, true, true);
-      launch(stream, normalise_kernel<A, W, Index>, pixels, call.coverage.count, 1);
-    }
+    });
+  }
+  with_sums<Types>(stream, call, {&call.image, &call.coverage, &call.weight},
+                   [&](auto sums, auto pack, auto index) {
+                     constexpr int V = decltype(pack)::value;
+                     using Index = decltype(index);
+                     const auto work =
+                         work_on<Index>(call, call.shape.points, V, Team::kAny, false);
+                     launch(stream, splat_kernel<Types, V, decltype(sums), Index>, work,
+                            call.shape.points, call.batch.count, sums);
+                   });
+  if (call.reduce == Reduce::kSum) return;
+  with_pack_and_index<T>(call, [&](auto pack, auto index) {
+    // The accumulators are at least as wide as the values, so they are aligned to packs of 16 bytes
+    // too.
+    constexpr int W =
+        decltype(pack)::value == 1 ? 1 : Launch::kPackBytes / static_cast<int>(sizeof(A));
+    const auto pixels = work_on<decltype(index)>(call, 0, W, Team::kAny, true);
+    launch(stream, normalise_kernel<A, W, decltype(index)>, pixels, call.coverage.count, 1);
   });
 }
 
 template <class Types>
 void splat_tangent(cudaStream_t stream, const Call& call) {
-  using A = Accumulator<typename Types::Value>;
-  for (const Operand* output : {&call.d_image, &call.d_coverage}) fill_zero<A>(stream, *output);
-  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
-    using Index = decltype(index);
-    constexpr int V = decltype(pack)::value;
-    const auto work = work_on<Index>(call, call.shape.points, V, true, false);
-    dispatch_reduce<Types>(call, [&](auto reduce) {
-      launch(stream, splat_tangent_kernel<Types, V, decltype(reduce)::value, Index>, work,
-             call.shape.points, call.batch.count);
-    });
-  });
+  with_sums<Types>(
+      stream, call, {&call.d_image, &call.d_coverage}, [&](auto sums, auto pack, auto index) {
+        constexpr int V = decltype(pack)::value;
+        using Index = decltype(index);
+        const auto work = work_on<Index>(call, call.shape.points, V, Team::kAny, false);
+        dispatch_reduce<Types>(call, [&](auto reduce) {
+          constexpr Reduce R = decltype(reduce)::value;
+          launch(stream, splat_tangent_kernel<Types, V, R, decltype(sums), Index>, work,
+                 call.shape.points, call.batch.count, sums);
+        });
+      });
 }
 
 template <class Types>
@@ -427,7 +538,7 @@ void splat_vjp(cudaStream_t stream, const Call& call) {
   with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
     using Index = decltype(index);
     constexpr int V = decltype(pack)::value;
-    const auto work = work_on<Index>(call, call.shape.points, V, false, own_points);
+    const auto work = work_on<Index>(call, call.shape.points, V, Team::kSumming, own_points);
     dispatch_reduce<Types>(call, [&](auto reduce) {
       launch(stream, splat_vjp_kernel<Types, V, decltype(reduce)::value, Index>, work,
              call.shape.points, call.batch.count);
@@ -455,19 +566,12 @@ template struct CudaKernels<Method::JAXWARP_METHOD, JAXWARP_DIMS>;
 
 #else  // the handlers
 
-// `scatters`: atomic additions come in any order.
-#define JAXWARP_CUDA_HANDLER(Handler, kernel, scatters)                                       \
+#define JAXWARP_CUDA_HANDLER(Handler, kernel)                                                 \
   static ffi::Error Handler##Cuda(cudaStream_t stream, ffi::RemainingArgs args,               \
                                   ffi::RemainingRets rets, ffi::Dictionary attrs) {           \
     Call call{};                                                                              \
     const ffi::Error error = Decoder(k##Handler, call).decode(args, rets, attrs);             \
     if (error.failure()) return error;                                                        \
-    if (call.deterministic && (scatters)) {                                                   \
-      return ffi::Error(                                                                      \
-          ffi::ErrorCode::kUnimplemented,                                                     \
-          "jaxwarp: deterministic=True is not available on a GPU yet for splats and "         \
-          "image gradients; unset JAXWARP_DETERMINISTIC or pass deterministic=False");        \
-    }                                                                                         \
     dispatch_kernels<CudaKernels>(call, [&](auto kernels) { kernels.kernel(stream, call); }); \
     const cudaError_t status = cudaGetLastError();                                            \
     if (status == cudaSuccess) return ffi::Error::Success();                                  \
@@ -481,13 +585,13 @@ template struct CudaKernels<Method::JAXWARP_METHOD, JAXWARP_DIMS>;
                                     .Attrs(),                                                 \
                                 {ffi::Traits::kCmdBufferCompatible})
 
-JAXWARP_CUDA_HANDLER(Gather, gather, false);
-JAXWARP_CUDA_HANDLER(GatherTangent, gather_tangent, false);
-JAXWARP_CUDA_HANDLER(GatherVjp, gather_vjp, call.ct_image.data != nullptr);
-JAXWARP_CUDA_HANDLER(GatherVjpTangent, gather_vjp_tangent, false);
-JAXWARP_CUDA_HANDLER(Splat, splat, true);
-JAXWARP_CUDA_HANDLER(SplatTangent, splat_tangent, true);
-JAXWARP_CUDA_HANDLER(SplatVjp, splat_vjp, false);
+JAXWARP_CUDA_HANDLER(Gather, gather);
+JAXWARP_CUDA_HANDLER(GatherTangent, gather_tangent);
+JAXWARP_CUDA_HANDLER(GatherVjp, gather_vjp);
+JAXWARP_CUDA_HANDLER(GatherVjpTangent, gather_vjp_tangent);
+JAXWARP_CUDA_HANDLER(Splat, splat);
+JAXWARP_CUDA_HANDLER(SplatTangent, splat_tangent);
+JAXWARP_CUDA_HANDLER(SplatVjp, splat_vjp);
 
 #endif
 

@@ -31,20 +31,27 @@ for _name, _handler in _cuda_host.registrations().items():
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 2**-7, "float16": 2**-9}
 
 
-def on_both(monkeypatch, function, *arrays):
-    """What `function` gives with the CPU kernels, and with the CUDA kernels on the host."""
-    expected = jax.jit(lambda *a: function(*a))(*arrays)
+def on_host(monkeypatch, function, *arrays, deterministic=False, backwards=False):
+    """What `function` gives with the CUDA kernels on the host; `backwards`: blocks and warps."""
     called, call = [], _ffi.call
 
     def host_call(target, *args, **kwargs):
         called.append(target)
-        return call(PREFIX + target, *args, **kwargs)
+        return call(PREFIX + target, *args, **kwargs | {"deterministic": deterministic})
 
     with monkeypatch.context() as patch:
         patch.setattr(_ffi, "call", host_call)
-        actual = jax.jit(lambda *a: function(*a))(*arrays)
+        if backwards:
+            patch.setenv("JAXWARP_CUDA_SHIM_BACKWARDS", "1")
+        actual = jax.block_until_ready(jax.jit(lambda *a: function(*a))(*arrays))
     assert called
-    return actual, expected
+    return actual
+
+
+def on_both(monkeypatch, function, *arrays, **kwargs):
+    """The same, and what `function` gives with the CPU kernels."""
+    expected = jax.jit(lambda *a: function(*a))(*arrays)
+    return on_host(monkeypatch, function, *arrays, **kwargs), expected
 
 
 def value_and_cotangents(function):
@@ -125,6 +132,98 @@ def test_shared_operands(monkeypatch, case, in_axes):
     crossed = jax.vmap(jax.vmap(case.function(jaxwarp), (None, 0)), (0, None))
     actual, expected = on_both(monkeypatch, value_and_cotangents(crossed), image, points)
     cases.assert_close(actual, expected, TOLERANCE["float64"])
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("case", cases.FEW, ids=str)
+def test_deterministic(monkeypatch, case, dtype):
+    """Close to what the CPU gives, and the same bits in another order; also of a shared image."""
+    point_dtype = "float64" if dtype == "float64" else "float32"
+    image, points, *rest = with_channels(case, 3, dtype=dtype, point_dtype=point_dtype)
+    function = case.function(jaxwarp)
+    batched = jax.vmap(lambda image, points: function(image, points, *rest), (None, 0))
+    for run, arrays in (
+        (value_and_cotangents(function), (image, points, *rest)),
+        (
+            value_and_tangent(case.function(jaxwarp, forward_mode=True)),
+            (image, points, *rest),
+        ),
+        (value_and_cotangents(batched), (image, np.stack([points, np.flip(points, 0)]))),
+    ):
+        actual, expected = on_both(monkeypatch, run, *arrays, deterministic=True)
+        cases.assert_close(actual, expected, TOLERANCE[dtype])
+        again = on_host(monkeypatch, run, *arrays, deterministic=True, backwards=True)
+        assert bits(again) == bits(actual)
+
+
+def crowd(dtype, scale):
+    """Many sources of very different sizes that meet in few targets, and what each sum is."""
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((5000, 2)) * 10.0 ** rng.uniform(-scale, 0, (5000, 2))).astype(
+        dtype
+    )
+    points = np.round(rng.uniform(-0.5, 2.5, (5000, 2)) * 16).astype(dtype) / 16  # exact weights
+    exact = values.astype(np.longdouble)
+    sums = np.zeros((3, 3, 2), np.longdouble)
+    for y, x in np.ndindex(3, 3):
+        weight = np.prod(np.maximum(1 - np.abs(points - [x, y]), 0), axis=-1)
+        sums[y, x] = (weight[:, None] * exact).sum(0)
+    return values, points, sums
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("float32", 6), ("float64", 20)])
+def test_deterministic_sums_are_exact(monkeypatch, dtype, scale):
+    """Better than sums in the dtype itself, whose bits change with the order."""
+    values, points, sums = crowd(dtype, scale)
+
+    def splat(values, points):
+        return jaxwarp.splat(values, points, (3, 3))
+
+    forth = on_host(monkeypatch, splat, values, points)
+    back = on_host(monkeypatch, splat, values, points, backwards=True)
+    assert bits(forth) != bits(back)  # else nothing is shown below
+    forth = on_host(monkeypatch, splat, values, points, deterministic=True)
+    back = on_host(monkeypatch, splat, values, points, deterministic=True, backwards=True)
+    assert bits(forth) == bits(back)
+    # Each product w f is rounded once before it is added; 2500 of them reach a target.
+    parts = splat(np.abs(values), points)
+    error = np.abs(np.asarray(forth) - sums)
+    np.testing.assert_array_less(error, np.finfo(dtype).eps * np.asarray(parts))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_deterministic_sums_of_any_size(monkeypatch, dtype):
+    info = np.finfo(dtype)
+    inf, nan, big, small = np.inf, np.nan, info.max, float(info.smallest_normal)
+    parts, expected = zip(
+        ((1, 2, 3), 6),
+        ((0, -0.0, 0), 0),
+        ((inf, 1, 2), inf),
+        ((-inf, big, 2), -inf),
+        ((inf, -inf, 2), nan),
+        ((nan, 1, inf), nan),
+        ((nan, 1, 1), nan),
+        ((big, big, 1), inf),
+        ((big, -big, 1), 0),
+        ((small, small, -small), small),
+        ((small, 1, -1), 0),
+        ((1, info.eps / 8, -1), info.eps / 8),
+        strict=True,
+    )
+    values = np.array(parts, dtype).T[..., None]  # (3, N, 1): three sources on each of N pixels
+    points = np.broadcast_to(
+        np.stack([np.arange(len(parts)), np.zeros(len(parts))], -1), (3, len(parts), 2)
+    ).astype(dtype)
+
+    def splat(values, points):
+        return jaxwarp.splat(values, points, (1, len(parts)), method="nearest")[0, :, 0]
+
+    actual = on_host(monkeypatch, splat, values, points, deterministic=True)
+    np.testing.assert_array_equal(actual, np.array(expected, dtype))
 
 
 @pytest.mark.parametrize("flow_dtype", ["float16", "bfloat16"])

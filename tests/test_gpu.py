@@ -136,3 +136,30 @@ def test_values_alone_are_the_same_in_every_run():
     first = np.asarray(warp(image, flow))
     for _ in range(3):
         np.testing.assert_array_equal(warp(image, flow), first)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "average", "softmax"])
+def test_deterministic(reduce):
+    """One set of bits in 20 runs, and without it at least two, or nothing is shown."""
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((200, 300, 3)).astype(np.float32)
+    flow = rng.uniform(-40, 40, (200, 300, 2)).astype(np.float32)
+    w = None if reduce == "sum" else rng.uniform(0.5, 1, (200, 300)).astype(np.float32)
+
+    def results(deterministic):
+        def run(image, flow):
+            warped = jaxwarp.backward_warp(image, flow, deterministic=deterministic)
+            moved = jaxwarp.forward_warp(
+                image, flow, reduce=reduce, importance=w, deterministic=deterministic
+            )
+            return warped, moved
+
+        compiled = jax.jit(value_and_cotangents(run))
+        runs = [compiled(image, flow) for _ in range(20)]
+        return {b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(r)) for r in runs}, runs
+
+    fixed, runs = results(True)
+    assert len(fixed) == 1
+    free, others = results(False)
+    assert len(free) > 1
+    cases.assert_close(runs[0], others[0], SINGLE)

@@ -253,3 +253,32 @@ def test_forward_warp_makes_only_the_cotangents_asked_for(reduce, wanted):
     assert made(instructions, *shapes[1]) == (1 in wanted)
     assert made(instructions, *shape) <= (2 in wanted) + 3 * forward
     assert calls(instructions).total() == 1 + forward
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_deterministic_sums_take_memory_on_a_gpu_alone(dtype):
+    """3 words of float32 sums, 6 of float64, in a buffer of the program; without sums, none."""
+    image, flow = arrays(IMAGE, FLOW, dtype=dtype)
+    values, own = arrays((*FLOW[:2], 3), FLOW, dtype=dtype)
+
+    def scratch(platform, function, *arrays):
+        traced = jax.jit(partial(function, deterministic=True)).trace(*arrays)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("deterministic = true" in text) == (platform == "cuda")
+        return [int(n) for n in set(re.findall(r"tensor<(\d+)xui32>", text))]
+
+    def image_gradient(image, flow, deterministic):
+        def loss(image):
+            return (jaxwarp.backward_warp(image, flow, deterministic=deterministic) ** 2).sum()
+
+        return jax.grad(loss)(image)
+
+    words, pixels = (3 if dtype == "float32" else 6), math.prod(FLOW[:2])
+    assert scratch("cuda", jaxwarp.forward_warp, values, own) == [words * pixels * 4]  # coverage
+    assert scratch("cuda", image_gradient, image, flow) == [words * math.prod(IMAGE)]
+    assert scratch("cuda", jaxwarp.backward_warp, image, flow) == []
+    for function, operands in (
+        (jaxwarp.forward_warp, (values, own)),
+        (image_gradient, (image, flow)),
+    ):
+        assert scratch("cpu", function, *operands) == []

@@ -1,6 +1,6 @@
 // Stands in for CUDA's headers, so that a C++ compiler builds the kernels for the host: a launch
-// runs its threads one after the other. Vector accesses check their alignment, as the hardware
-// does.
+// runs its threads one after the other, those of a warp backwards, so that a shuffle finds what
+// later lanes have given. Vector accesses check their alignment, as the hardware does.
 #pragma once
 
 #include <cstddef>
@@ -10,13 +10,14 @@
 #include <cstring>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 
 struct dim3 {
   unsigned x, y, z;
@@ -56,6 +57,29 @@ template <class T>
 void atomicMin(T* place, T value) {
   if (value < *aligned(place)) *place = value;
 }
+inline void atomicOr(unsigned long long* place, unsigned long long value) {
+  *aligned(place) |= value;
+}
+
+// What each lane of the running warp has given to its shuffles, in order.
+constexpr unsigned kWarp = 32;
+inline thread_local std::vector<double> shuffled[kWarp];
+
+// The first lane of each `width` gets what it would on a GPU, and so do all that its sum needs.
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned step, int width) {
+  const unsigned lane = threadIdx.x % kWarp, source = lane + step;
+  if (!(mask >> lane & 1)) std::abort();
+  const size_t call = shuffled[lane].size();
+  shuffled[lane].push_back(static_cast<double>(value));
+  if (lane % width + step >= static_cast<unsigned>(width)) return value;
+  if (!(mask >> source & 1) || shuffled[source].size() <= call) {
+    std::fprintf(stderr, "cuda_shim: lane %u waits for lane %u, which does not come\n", lane,
+                 source);
+    std::abort();
+  }
+  return static_cast<T>(shuffled[source][call]);
+}
 
 struct HostStream;
 using cudaStream_t = HostStream*;
@@ -77,9 +101,23 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   gridDim = config->gridDim;
   blockDim = config->blockDim;
-  for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-      for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
+  // So that tests see what depends on the order: an environment variable turns it around.
+  const bool backwards = std::getenv("JAXWARP_CUDA_SHIM_BACKWARDS") != nullptr;
+  const auto nth = [backwards](unsigned i, unsigned count) {
+    return backwards ? count - 1 - i : i;
+  };
+  const unsigned warps = blockDim.x / kWarp;
+  for (unsigned y = 0; y < gridDim.y; ++y) {
+    blockIdx.y = nth(y, gridDim.y);
+    for (unsigned x = 0; x < gridDim.x; ++x) {
+      blockIdx.x = nth(x, gridDim.x);
+      for (unsigned warp = 0; warp < warps; ++warp) {
+        for (auto& values : shuffled) values.clear();
+        for (unsigned lane = kWarp; lane-- > 0;) {
+          threadIdx.x = nth(warp, warps) * kWarp + lane;
+          kernel(arguments...);
+        }
+      }
     }
   }
   return cudaSuccess;
