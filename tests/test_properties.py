@@ -1,7 +1,10 @@
 """Drawn at random: shapes, dtypes, positions and options, against the reference.
 
-The draws are the same in every run (derandomize), so that a failure is reproducible.
+The draws are the same in every run (derandomize), so that a failure is reproducible. With
+JAXWARP_EXAMPLES they are that many, and new ones.
 """
+
+import os
 
 import cases
 import hypothesis.strategies as st
@@ -13,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 import jaxwarp
 from jaxwarp import reference
 
+EXAMPLES = int(os.environ.get("JAXWARP_EXAMPLES", "0"))
 FEW = settings(
-    max_examples=40,
-    derandomize=True,
+    max_examples=EXAMPLES or 40,
+    derandomize=not EXAMPLES,
     deadline=None,  # most of an example is the compilation of the reference
     suppress_health_check=[HealthCheck.too_slow],
 )
