@@ -77,6 +77,7 @@ def write(data: dict, folder: Path) -> None:
     (folder / "results.md").write_text(markdown(data))
     try:
         plot(data, folder / "results.png")
+        plot_peers(data, folder / "speed.png")
     except ImportError as error:
         print(f"No plot: {error}")
 
@@ -180,4 +181,41 @@ def plot(data: dict, path: Path) -> None:
     if series:
         right.legend()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_peers(data: dict, path: Path) -> None:
+    """The four main operations at 1080x1920x3: time of every library, the quickest first."""
+    import matplotlib.pyplot as plt
+
+    main = [
+        Case(operation=operation, order=order, size="1080x1920x3")
+        for operation in ("backward_warp", "forward_average")
+        for order in ("value", "all gradients")
+    ]
+    known = _by_case(data)
+    times = {
+        case: {p: e["warm"]["median_ms"] for p, e in known.get(case, {}).items() if "warm" in e}
+        for case in main
+    }
+    rows = max(map(len, times.values()))
+    if rows == 0:
+        return
+    figure, axes = plt.subplots(1, 4, figsize=(13, 0.35 * rows + 0.8), layout="constrained")
+    for ax, case in zip(axes, main, strict=True):
+        ordered = sorted(times[case].items(), key=lambda item: item[1])
+        names = [name for name, _ in ordered]
+        colours = {"jaxwarp": "tab:blue", "copy": "0.8"}
+        bars = ax.barh(
+            names, [ms for _, ms in ordered], color=[colours.get(n, "tab:orange") for n in names]
+        )
+        ax.bar_label(bars, [f" {ms:.3g}" for _, ms in ordered], fontsize=8)
+        ax.set_title(f"{case.operation}, {case.order}", fontsize=10)
+        ax.set_ylim(rows - 0.4, -0.6)
+        ax.margins(x=0.18)
+        ax.spines[["top", "right", "bottom"]].set_visible(False)
+        ax.tick_params(bottom=False, labelbottom=False, labelsize=8)
+    threads = data["machine"].get("threads", "?")
+    figure.supxlabel(f"ms at 1080x1920x3, float32, warm, {threads} threads", fontsize=8)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
