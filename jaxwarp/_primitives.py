@@ -337,7 +337,13 @@ def _define(
 
     @lru_cache(maxsize=4096)
     def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-        return jax.jit(partial(primitive.bind, **dict(params)))
+        def apply(*arrays: Array) -> Any:
+            return primitive.bind(*arrays, **dict(params))
+
+        # As JAX marks what it makes of a primitive: jax.debug_nans looks no further than that.
+        apply.__name__ = apply.__qualname__ = name
+        apply._apply_primitive = True  # type: ignore[attr-defined]
+        return jax.jit(apply)
 
     def evaluate(*arrays: Array, **params: Any) -> Any:
         return compiled(tuple(params.items()))(*arrays)
