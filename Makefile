@@ -151,10 +151,11 @@ release: | $(BIN)/python ## Build sdist and wheel for PYTHON into dist/, twice, 
 	rm -rf dist build/release
 	$(BIN)/pip install $(RELEASE_TOOLS)
 	$(EPOCH) $(BIN)/python -m build --sdist --outdir dist .
-	for source in dist/*.tar.gz .; do $(EPOCH) $(PYTHON) -m pip wheel --no-deps $(ARCHITECTURES) \
-	  --wheel-dir build/release/$$(basename $$source) $$source || exit 1; done
+	$(EPOCH) $(PYTHON) -m pip wheel --no-cache-dir --no-deps --wheel-dir build/release/sdist \
+	  dist/*.tar.gz $(ARCHITECTURES)
+	$(EPOCH) $(PYTHON) -m pip wheel --no-deps --wheel-dir build/release/checkout . $(ARCHITECTURES)
 	cmp build/release/*/*.whl
-	PATH="$(BIN):$$PATH" $(EPOCH) $(BIN)/auditwheel repair --wheel-dir dist build/release/*.gz/*.whl
+	PATH="$(BIN):$$PATH" $(EPOCH) $(BIN)/auditwheel repair --wheel-dir dist build/release/sdist/*.whl
 	$(PYTHON) -m venv build/release/bare
 	PATH=/nonexistent build/release/bare/bin/pip install dist/*.whl
 	PATH=/nonexistent build/release/bare/bin/python -P -c "import jax, jaxwarp; \

@@ -498,8 +498,8 @@ JAXWARP_HD void store(T* target, const Lanes<Accumulator<T>, V>& v) {
 #endif
 
 #if defined(JAXWARP_DEVICE_ARCH)
-// Other threads may add to the same place. Vector reductions exist for float32 from sm_90 on; V > 1
-// is chosen only where the address is aligned to the pack.
+// Other threads may add to the same place. Vector reductions exist from sm_90 on, and for float32:
+// sums are never kept in less. V > 1 is chosen only where the address is aligned to the pack.
 template <int V, class A>
 __device__ __forceinline__ void add_to(A* target, const Lanes<A, V>& v) {
 #if JAXWARP_DEVICE_ARCH >= 900
@@ -508,6 +508,8 @@ __device__ __forceinline__ void add_to(A* target, const Lanes<A, V>& v) {
       atomicAdd(reinterpret_cast<float4*>(target + i),
                 make_float4(v.lane[i], v.lane[i + 1], v.lane[i + 2], v.lane[i + 3]));
     }
+  } else if constexpr (sizeof(A) == 4 && V == 2) {
+    atomicAdd(reinterpret_cast<float2*>(target), make_float2(v.lane[0], v.lane[1]));
   } else
 #endif
   {

@@ -331,21 +331,22 @@ Shape<Index> narrowed(const Shape<int64_t>& shape) {
   return result;
 }
 
-// Calls body(Width<V>, index) with the widest pack that every pixel and point is aligned to, and
-// with the smaller index type where one batch element fits it.
+// Calls body(Width<V>, index) with the widest pack that every pixel and point is aligned to, or
+// half of it, and with the smaller index type where one batch element fits it.
 template <class T, class Body>
 void with_pack_and_index(const Call& call, Body body) {
   constexpr int kPack = Launch::kPackBytes / static_cast<int>(sizeof(T));
   const Shape<int64_t>& shape = call.shape;
   const int64_t pixels = shape.size[0] * shape.size[1] * shape.size[2];
   const int64_t elements = std::max(pixels, shape.points) * std::max<int64_t>(shape.channels, 4);
-  if (elements >= Launch::kMaxIndex32) {
-    body(Width<1>{}, int64_t{});
-  } else if (!call.channels_first && shape.channels > 0 && shape.channels % kPack == 0) {
-    body(Width<kPack>{}, int32_t{});
-  } else {
-    body(Width<1>{}, int32_t{});
+  if (elements >= Launch::kMaxIndex32) return body(Width<1>{}, int64_t{});
+  if (!call.channels_first && shape.channels > 0) {
+    if (shape.channels % kPack == 0) return body(Width<kPack>{}, int32_t{});
+    if constexpr (kPack > 2) {
+      if (shape.channels % (kPack / 2) == 0) return body(Width<kPack / 2>{}, int32_t{});
+    }
   }
+  body(Width<1>{}, int32_t{});
 }
 
 // Which threads work on a point: one, several, or several that add up something.
@@ -503,10 +504,8 @@ void splat(cudaStream_t stream, const Call& call) {
                    });
   if (call.reduce == Reduce::kSum) return;
   with_pack_and_index<T>(call, [&](auto pack, auto index) {
-    // The accumulators are at least as wide as the values, so they are aligned to packs of 16 bytes
-    // too.
     constexpr int W =
-        decltype(pack)::value == 1 ? 1 : Launch::kPackBytes / static_cast<int>(sizeof(A));
+        std::min(decltype(pack)::value, Launch::kPackBytes / static_cast<int>(sizeof(A)));
     const auto pixels = work_on<decltype(index)>(call, 0, W, Team::kAny, true);
     launch(stream, normalise_kernel<A, W, decltype(index)>, pixels, call.coverage.count, 1);
   });

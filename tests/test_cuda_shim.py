@@ -90,7 +90,7 @@ def test_every_case(monkeypatch, case):
         cases.assert_close(actual, expected, TOLERANCE["float64"])
 
 
-@pytest.mark.parametrize("channels", [1, 3, 8, 36])
+@pytest.mark.parametrize("channels", [1, 3, 6, 8, 36])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("case", cases.FEW, ids=str)
 def test_packs_and_tails(monkeypatch, case, dtype, channels):

@@ -50,7 +50,7 @@ def test_values_and_cotangents(case):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 8, 17, 64, 1000])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 8, 12, 17, 64, 1000])
 def test_any_number_of_channels(channels, dtype):
     rng = np.random.default_rng(channels)
     image = rng.standard_normal((5, 6, channels)).astype(jnp.dtype(dtype))

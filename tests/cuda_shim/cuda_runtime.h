@@ -25,6 +25,10 @@ struct dim3 {
 };
 inline thread_local dim3 gridDim, blockDim, blockIdx, threadIdx;
 
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -40,6 +44,11 @@ T* aligned(T* place) {
 template <class T>
 void atomicAdd(T* place, T value) {
   *aligned(place) += value;
+}
+inline void atomicAdd(float2* place, float2 value) {
+  aligned(place);
+  atomicAdd(&place->x, value.x);
+  atomicAdd(&place->y, value.y);
 }
 inline void atomicAdd(float4* place, float4 value) {
   aligned(place);
