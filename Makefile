@@ -131,6 +131,7 @@ bench: $(VENV)/.bench ## Time every operation against a copy and other libraries
 	PATH="$(BIN):$$PATH" $(BIN)/python -m benchmarks.memory
 
 docs: $(VENV)/.demo $(VENV)/.docs ## Build the site into build/docs/html; a warning is an error
+	rm -rf build/docs
 	PYTHONSAFEPATH=1 $(BIN)/python -m sphinx --nitpicky --fail-on-warning --keep-going --quiet \
 	  -d build/docs/doctrees docs build/docs/html
 	$(BIN)/python docs/check_links.py build/docs/html

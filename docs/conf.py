@@ -36,7 +36,7 @@ nb_execution_mode = "off"
 # Docstrings: Google style, shapes and dtypes in the text. A name in single backticks is a link
 # where it is one of this package, else code.
 autodoc_typehints = "none"
-autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autosummary_generate = False
 napoleon_numpy_docstring = False
 napoleon_use_param = False

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 from PIL import Image
 
-SIZE = (640, 400)
+SIZE = (640, 320)
 
 
 def write(notebooks: Path, folder: Path) -> None:
@@ -40,11 +40,12 @@ def head(notebook) -> tuple[str, str]:
     first = next(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     title, _, rest = first.lstrip("# ").partition("\n")
     paragraph = " ".join(rest.strip().split("\n\n")[0].split())
-    return title.strip(), re.split(r"(?<=[.:!?]) ", paragraph)[0].rstrip(":")
+    sentence = re.match(r".*?[.!?](?= |$)", paragraph)
+    return title.strip(), sentence[0] if sentence else paragraph.partition(":")[0] + "."
 
 
 def picture(notebook) -> bytes | None:
-    """The largest picture among the outputs: the one with most to see."""
+    """Of the pictures among the outputs the one with most to see in a thumbnail."""
     found = [
         base64.b64decode(data)
         for cell in notebook.cells
@@ -52,7 +53,13 @@ def picture(notebook) -> bytes | None:
         for kind, data in output.get("data", {}).items()
         if kind in ("image/png", "image/jpeg", "image/gif")
     ]
-    return max(found, key=len, default=None)
+
+    def seen(data: bytes) -> float:
+        width, height = Image.open(io.BytesIO(data)).size
+        ratio = width / height * SIZE[1] / SIZE[0]
+        return len(data) * min(ratio, 1 / ratio)  # the part of the thumbnail that it fills
+
+    return max(found, key=seen, default=None)
 
 
 def thumbnail(data: bytes) -> Image.Image:

@@ -13,7 +13,9 @@ def render(latex: str, display: str) -> str:
     unknown = re.search(r"<m[a-z]+>(&|\\[a-zA-Z]+)</m[a-z]+>", markup)
     if unknown:
         raise ValueError(f"no MathML for {unknown[1]} in {latex}")
-    return markup
+    markup = markup.replace(r"\_", "_")
+    # Bars touch what they enclose; a browser would space them as a relation.
+    return re.sub(r"<mo([^>]*)>(&#x0007C;|&#x02016;)", r'<mo\1 lspace="0" rspace="0">\2', markup)
 
 
 def inline(self, node):

@@ -61,8 +61,8 @@ def test_every_public_name_is_in_the_reference():
 @pytest.mark.parametrize("page", [*PAGES, *INCLUDED], ids=name)
 def test_links(page):
     """Of Markdown, and of the files that a page includes."""
-    text = re.sub(r"^```python\n.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^```\{include\} (\S+)$", text, re.M)
+    text = re.sub(r"(?ms)^```python\n.*?^```$|^:\S+: [^\n]*$", "", page.read_text())
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?m)^```\{\w+\} (\S+)$", text)
     for link in links:
         path = link.partition("#")[0]
         if path and "://" not in path and "/build/docs/generated/" not in path:
