@@ -347,9 +347,12 @@ JAXWARP_HD T* aligned(T* place) {
 }
 #endif
 
-// V neighbouring values, moved as one.
+// V neighbouring values, moved by as few accesses as there can be: XLA aligns what it is given to
+// 16 bytes.
 template <class T, int V>
-struct alignas(sizeof(T) * (V == 3 ? 1 : V)) Pack {
+struct alignas(V == 3               ? sizeof(T)
+               : sizeof(T) * V < 16 ? sizeof(T) * V
+                                    : 16) Pack {
   T value[V];
 };
 
