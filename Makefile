@@ -92,12 +92,14 @@ dev: | $(BIN)/python ## Make the environment editable: jaxwarp rebuilds on impor
 	  --constraint requirements.lock $(call define,$(DEVELOP))
 	touch $(VENV)/.dev $(VENV)/.demo $(VENV)/.test
 
-lock: | $(BIN)/python ## Renew requirements.lock: what tests and linters run with
+lock: | $(BIN)/python ## Renew requirements.lock, on Python 3.11: what tests and linters run with
+	mkdir -p build
 	$(BIN)/pip install --dry-run --ignore-installed --quiet --report build/lock.json ".[test,lint]"
 	$(BIN)/python -c "import json; print('# The environment of the tests, on Python 3.11: \`make lock\`.'); \
 	  found = [entry['metadata'] for entry in json.load(open('build/lock.json'))['install']]; \
 	  print(*sorted(f\"{m['name'].lower()}=={m['version'].split('+')[0]}\" \
-	  for m in found if m['name'] != 'jaxwarp'), sep='\n')" > requirements.lock
+	  for m in found if m['name'] != 'jaxwarp'), sep='\n')" > build/requirements.lock
+	mv build/requirements.lock requirements.lock
 
 demo: $(VENV)/.demo ## Fit a dense optical flow between two real frames; results in demo/
 	PATH="$(BIN):$$PATH" $(BIN)/python examples/fit_flow.py --out demo
@@ -162,20 +164,21 @@ wheel: ## Build a wheel into dist/ for PYTHON, with CUDA where nvcc is found
 
 # From the sdist and from this checkout the same wheel comes; it works where there is no compiler.
 release: | $(BIN)/python ## Build sdist and wheel for PYTHON into dist/, twice, and try them
-	rm -rf dist build/release
+	rm -rf build/release
 	$(BIN)/pip install $(RELEASE_TOOLS)
-	$(EPOCH) $(BIN)/python -m build --sdist --outdir dist .
+	$(EPOCH) $(BIN)/python -m build --sdist --outdir build/release/out .
 	$(EPOCH) $(PYTHON) -m pip wheel --no-cache-dir --no-deps --wheel-dir build/release/sdist \
-	  dist/*.tar.gz $(ARCHITECTURES)
+	  build/release/out/*.tar.gz $(ARCHITECTURES)
 	$(EPOCH) $(PYTHON) -m pip wheel --no-deps --wheel-dir build/release/checkout . $(ARCHITECTURES)
-	cmp build/release/*/*.whl
-	PATH="$(BIN):$$PATH" $(EPOCH) $(BIN)/auditwheel repair --wheel-dir dist build/release/sdist/*.whl
+	cmp build/release/sdist/*.whl build/release/checkout/*.whl
+	PATH="$(BIN):$$PATH" $(EPOCH) $(BIN)/auditwheel repair --wheel-dir build/release/out \
+	  build/release/sdist/*.whl
 	$(PYTHON) -m venv build/release/bare
-	PATH=/nonexistent build/release/bare/bin/pip install dist/*.whl
+	PATH=/nonexistent build/release/bare/bin/pip install build/release/out/*.whl
 	PATH=/nonexistent build/release/bare/bin/python -P -c "import jax, jaxwarp; \
 	  image, flow = jax.numpy.ones((4, 5, 3)), jax.numpy.full((4, 5, 2), 0.5); \
 	  print(jax.grad(lambda flow: jaxwarp.backward_warp(image, flow).sum())(flow).sum())"
-	sha256sum dist/* && du -h dist/*
+	mkdir -p dist && cp build/release/out/* dist && sha256sum dist/* && du -h dist/*
 
 test-gpu: ## Run the GPU tests with PYTHON, against the jaxwarp installed there
 	JAXWARP_REQUIRE_CUDA=1 PYTHONSAFEPATH=1 $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)

@@ -75,7 +75,7 @@ def export_checks() -> list[DisabledSafetyCheck]:
     return [DisabledSafetyCheck.custom_call(name) for name in _cpu.registrations()]
 
 
-# Results that are sums over the points, in which several points meet.
+# Results in which several points may meet; Decoder::place_sums has the same rule.
 _SUMS = {"image", "coverage", "weight", "ct_image", "d_image", "d_coverage"}
 
 

@@ -9,8 +9,8 @@
 
 namespace jaxwarp {
 
-// How a number is cut into integers, its limbs: one for float, whose rounding is far coarser; for
-// double a second one holds the rest.
+// How a number is cut into integers, its limbs: one for float, whose parts are rounded to 38 digits
+// below the largest where there are 2^23 of them; for double a second one holds the rest.
 template <class A>
 struct FixedPointFormat {
   using Bits = std::conditional_t<sizeof(A) == 4, unsigned, unsigned long long>;

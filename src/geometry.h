@@ -138,7 +138,9 @@ inline std::string to_text(Dims dims) {
 
 class Decoder {
  public:
-  Decoder(const Signature& signature, Call& call) : signature_(signature), call_(call) {}
+  // A platform where the order of additions is not fixed needs scratch to be deterministic.
+  Decoder(const Signature& signature, Call& call, bool needs_scratch = false)
+      : signature_(signature), call_(call), needs_scratch_(needs_scratch) {}
 
   ffi::Error decode(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
     read_options(attrs);
@@ -519,7 +521,7 @@ class Decoder {
     const int64_t words = call_.sums * (call_.value_type == ffi::F64 ? 6 : 3);
     const bool fits = scratch_ && static_cast<int64_t>(scratch_->element_count()) >= words;
     if (scratch_ && scratch_->element_type() != ffi::U32) return fail("scratch: expected uint32");
-    if (call_.deterministic && words > 0 && !fits) {
+    if (needs_scratch_ && call_.deterministic && words > 0 && !fits) {
       return fail("scratch: a deterministic call needs " + std::to_string(words) + " uint32, got " +
                   std::to_string(scratch_ ? scratch_->element_count() : 0));
     }
@@ -528,6 +530,7 @@ class Decoder {
 
   const Signature& signature_;
   Call& call_;
+  const bool needs_scratch_;
   int batch_rank_ = 0;
   std::vector<Bound> bound_;
   std::optional<ffi::AnyBuffer> scratch_;

@@ -569,7 +569,7 @@ template struct CudaKernels<Method::JAXWARP_METHOD, JAXWARP_DIMS>;
   static ffi::Error Handler##Cuda(cudaStream_t stream, ffi::RemainingArgs args,               \
                                   ffi::RemainingRets rets, ffi::Dictionary attrs) {           \
     Call call{};                                                                              \
-    const ffi::Error error = Decoder(k##Handler, call).decode(args, rets, attrs);             \
+    const ffi::Error error = Decoder(k##Handler, call, true).decode(args, rets, attrs);       \
     if (error.failure()) return error;                                                        \
     dispatch_kernels<CudaKernels>(call, [&](auto kernels) { kernels.kernel(stream, call); }); \
     const cudaError_t status = cudaGetLastError();                                            \

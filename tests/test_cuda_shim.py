@@ -195,6 +195,23 @@ def test_deterministic_sums_are_exact(monkeypatch, dtype, scale):
     np.testing.assert_array_less(error, np.finfo(dtype).eps * np.asarray(parts))
 
 
+def test_deterministic_sums_of_many_parts(monkeypatch):
+    """Two million parts of a float32 sum, rounded to 2^-38 of the largest, all the same way."""
+    count = 2**21
+    values = np.full((count, 1), 2**-38.5, np.float32)
+    values[-1] = 1
+
+    def splat(values, points):
+        return jaxwarp.splat(values, points, (1, 1))[0, 0, 0]
+
+    total = on_host(
+        monkeypatch, splat, values, np.zeros((count, 2), np.float32), deterministic=True
+    )
+    digits = 62 - (4 * count).bit_length()  # four corners
+    exact = values.astype(np.float64).sum()
+    assert abs(float(total) - exact) <= count * 2.0**-digits + 2.0**-24
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_deterministic_sums_of_any_size(monkeypatch, dtype):
     info = np.finfo(dtype)

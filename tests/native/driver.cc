@@ -825,6 +825,8 @@ class Trial {
     const Outcome outcome = call(cuda_->handler[c.target], c, pools_[0], inputs, first);
     call(cuda_->handler[c.target], c, pools_[0], inputs, second);
     count.calls += 2;
+    // The CPU does without.
+    if (!c.right && outcome.message.find(": scratch: a deterministic") != std::string::npos) return;
     if (outcome.message != expected.message) fail(c, "CUDA: another message: " + outcome.message);
     if (outcome.code != XLA_FFI_Error_Code_OK) return;
     compare(c, first, second, "CUDA: other memory", same);
