@@ -59,16 +59,22 @@ __device__ void for_items(const Work<Index>& work, Body body) {
     body(b, static_cast<Index>(item));
 }
 
-// The sum over the lanes of a point, for the first of them; they all come here together.
+// Emits a cotangent of point n, of which each of its lanes has a part; they all come here together,
+// and the first one has the sum.
 template <class Index, class A, int N>
-__device__ void add_lanes(const Work<Index>& work, A (&sum)[N]) {
+__device__ void emit_lanes(const Work<Index>& work, Index item, A (&part)[N],
+                           const PointCotangent<A>& target) {
+  if (target.data == nullptr) return;
   const unsigned lanes = static_cast<unsigned>(work.lanes);
   const unsigned first = threadIdx.x % 32 / lanes * lanes;
   const unsigned together = ((1u << lanes) - 1) << first;
   for (unsigned step = lanes / 2; step > 0; step /= 2) {
     JAXWARP_UNROLL for (int i = 0; i < N; ++i) {
-      sum[i] += __shfl_down_sync(together, sum[i], step, static_cast<int>(lanes));
+      part[i] += __shfl_down_sync(together, part[i], step, static_cast<int>(lanes));
     }
+  }
+  if (item % work.lanes == 0) {
+    target.template emit<N>(item / work.lanes * N, Lanes<A, N>(part));
   }
 }
 
@@ -143,13 +149,7 @@ __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
                         at<const T>(call, call.image, b),
                         at<const T>(call, call.ct_values, b) + n * work.shape.point_stride,
                         at<A>(call, call.ct_image, b), AllRows{}, ct, lane_channels(work, item, V));
-    add_lanes(work, ct);
-    if (item % work.lanes != 0) return;
-    const PointCotangent<A> target = {at<A>(call, call.ct_points, b), call.ct_points.summed};
-    JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
-      const Lanes<A, 1> one(ct[a]);
-      target.template emit<1>(n * D + a, one);
-    }
+    emit_lanes(work, item, ct, {at<A>(call, call.ct_points, b), call.ct_points.summed});
   });
 }
 
@@ -169,13 +169,7 @@ __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
         at<const T>(call, call.ct_values, b) + first, at<const T>(call, call.d_image, b),
         d_ct_values == nullptr ? nullptr : d_ct_values + first,
         point_tangents_of<D, A>(call, b).of(n), d_ct, lane_channels(work, item, V));
-    add_lanes(work, d_ct);
-    if (item % work.lanes != 0) return;
-    const PointCotangent<A> target = {at<A>(call, call.d_ct_points, b), call.d_ct_points.summed};
-    JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
-      const Lanes<A, 1> one(d_ct[a]);
-      target.template emit<1>(n * D + a, one);
-    }
+    emit_lanes(work, item, d_ct, {at<A>(call, call.d_ct_points, b), call.d_ct_points.summed});
   });
 }
 
@@ -297,20 +291,8 @@ __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
                           at<const T>(call, call.ct_image, b),
                           at<const A>(call, call.ct_coverage, b), ct_values,
                           n * work.shape.point_stride, ct_p, ct_w[0], lane_channels(work, item, V));
-    add_lanes(work, ct_p);
-    add_lanes(work, ct_w);
-    if (item % work.lanes != 0) return;
-    const PointCotangent<A> ct_points = {at<A>(call, call.ct_points, b), call.ct_points.summed};
-    if (ct_points.data != nullptr) {
-      JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
-        const Lanes<A, 1> one(ct_p[a]);
-        ct_points.template emit<1>(n * D + a, one);
-      }
-    }
-    const PointCotangent<A> ct_importance = {at<A>(call, call.ct_importance, b),
-                                             call.ct_importance.summed};
-    const Lanes<A, 1> one(ct_w[0]);
-    if (ct_importance.data != nullptr) ct_importance.template emit<1>(n, one);
+    emit_lanes(work, item, ct_p, {at<A>(call, call.ct_points, b), call.ct_points.summed});
+    emit_lanes(work, item, ct_w, {at<A>(call, call.ct_importance, b), call.ct_importance.summed});
   });
 }
 
