@@ -1,7 +1,10 @@
 """PyTorch's `grid_sample` on the gather of this package, and its normalised coordinates."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import Annotated as Float  # what jaxtyping's is to type checkers
 from typing import Literal
 
 import jax.numpy as jnp
@@ -17,14 +20,14 @@ CUBIC_A = -0.75  # where `gather` has Keys' -0.5
 
 
 def grid_sample(
-    input: ArrayLike,
-    grid: ArrayLike,
+    input: Float[ArrayLike, "... H W"],
+    grid: Float[ArrayLike, "... h w dims"],
     *,
     mode: Literal["bilinear", "nearest", "bicubic"] = "bilinear",
     padding_mode: Literal["zeros", "border", "reflection"] = "zeros",
     align_corners: bool = False,
     forward_mode: bool = False,
-) -> Array:
+) -> Float[Array, "... h w"]:
     """Samples a channels-first image at normalised coordinates, as `torch.nn.functional` does.
 
     The image is read where it lies, without a transpose. What differs from PyTorch:
@@ -38,7 +41,7 @@ def grid_sample(
 
     Args:
       input: ``(*batch, C, H, W)`` or ``(*batch, C, D, H, W)``; float16, bfloat16, float32, float64.
-      grid: ``(*batch, H', W', 2)`` or ``(*batch, D', H', W', 3)``, (x, y[, z]) where -1 and 1 are
+      grid: ``(*batch, h, w, 2)`` or ``(*batch, d, h, w, 3)``, (x, y[, z]) where -1 and 1 are
         the two ends of an axis of the image; any of these dtypes. A half-precision grid is read
         exactly, but -1 to 1 in bfloat16 has steps of 1/256: pass float32 where you can.
       mode: ``"bilinear"`` (trilinear in 3-D), ``"nearest"`` (ties to even) or ``"bicubic"``
@@ -50,7 +53,7 @@ def grid_sample(
       forward_mode: as in `jaxwarp.gather`.
 
     Returns:
-      ``(*batch, C, H', W')`` or ``(*batch, C, D', H', W')`` in the input's dtype, summed in float32
+      ``(*batch, C, h, w)`` or ``(*batch, C, d, h, w)`` in the input's dtype, summed in float32
       (float64 for float64).
 
     Raises:
@@ -100,11 +103,13 @@ def grid_sample(
     return out.reshape(*out.shape[:-1], *extent)
 
 
-def to_pixels(grid: ArrayLike, shape: Sequence[int], *, align_corners: bool) -> Array:
+def to_pixels(
+    grid: Float[ArrayLike, "*S dims"], shape: Sequence[int], *, align_corners: bool
+) -> Float[Array, "*S dims"]:
     """Converts normalised coordinates to pixels.
 
     Args:
-      grid: ``(..., 2)`` or ``(..., 3)``, (x, y[, z]) where -1 and 1 are the two ends of an axis.
+      grid: ``(*S, 2)`` or ``(*S, 3)``, (x, y[, z]) where -1 and 1 are the two ends of an axis.
       shape: spatial shape of the image, ``(H, W)`` or ``(D, H, W)``.
       align_corners: do -1 and 1 name the centres of the first and the last pixel, or their outer
         edges?
@@ -131,11 +136,13 @@ def to_pixels(grid: ArrayLike, shape: Sequence[int], *, align_corners: bool) -> 
     return jnp.where((n == 1) & jnp.isinf(grid), grid, points)  # inf * 0
 
 
-def to_normalized(points: ArrayLike, shape: Sequence[int], *, align_corners: bool) -> Array:
+def to_normalized(
+    points: Float[ArrayLike, "*S dims"], shape: Sequence[int], *, align_corners: bool
+) -> Float[Array, "*S dims"]:
     """Converts pixels to normalised coordinates: the inverse of `to_pixels`.
 
     Args:
-      points: ``(..., 2)`` or ``(..., 3)``, (x, y[, z]) in pixels; 0 is the centre of the first.
+      points: ``(*S, 2)`` or ``(*S, 3)``, (x, y[, z]) in pixels; 0 is the centre of the first.
       shape: spatial shape of the image, ``(H, W)`` or ``(D, H, W)``.
       align_corners: do -1 and 1 name the centres of the first and the last pixel, or their outer
         edges?

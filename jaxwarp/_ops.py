@@ -1,8 +1,11 @@
 """Public functions: what they mean, and the checks that people meet."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Sequence
+from typing import Annotated as Float  # what jaxtyping's is to type checkers
 from typing import Any, Literal, overload
 
 import jax.numpy as jnp
@@ -146,7 +149,7 @@ def _sampling(
 # ---------------------------------------------------------------------------- operations
 
 
-def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
+def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape dims"]:
     """Positions of the pixels of an image.
 
     Args:
@@ -154,8 +157,8 @@ def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
       dtype: of the result, ``float32`` or ``float64``.
 
     Returns:
-      ``(*shape, d)``, the position of each pixel, ``(x, y[, z])`` in pixels; 0 is the centre of the
-      first pixel. ``gather(image, pixel_grid(image.shape[:-1]))`` is ``image``.
+      ``(*shape, dims)``, the position of each pixel, ``(x, y[, z])`` in pixels; 0 is the centre of
+      the first pixel. ``gather(image, pixel_grid(image.shape[:-1]))`` is ``image``.
 
     Raises:
       ValueError: `shape` does not have 2 or 3 sizes.
@@ -189,7 +192,7 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
 def _sources(
     values: ArrayLike, points: ArrayLike, shape: Sequence[int]
 ) -> tuple[Array, Array, tuple[int, ...]]:
-    """Values (N, C) and points (N, d) of an image of spatial `shape`, of any leading axes."""
+    """Values (N, C) and points (N, dims) of an image of spatial `shape`, of any leading axes."""
     values, points, sizes = _values("values", values), _points(points), _shape(shape)
     dims = len(sizes)
     if points.ndim == 0 or points.shape[-1] != dims:
@@ -208,8 +211,8 @@ def _sources(
 
 
 def gather(
-    image: ArrayLike,
-    points: ArrayLike,
+    image: Float[ArrayLike, "*shape C"],
+    points: Float[ArrayLike, "*S dims"],
     *,
     method: Method = "linear",
     boundary: Boundary = "constant",
@@ -217,7 +220,7 @@ def gather(
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Array:
+) -> Float[Array, "*S C"]:
     """Samples an image at positions: ``out(p) = sum_j g(p, j) image(j)``.
 
     Args:
@@ -292,8 +295,8 @@ def gather(
 
 
 def splat(
-    values: ArrayLike,
-    points: ArrayLike,
+    values: Float[ArrayLike, "*S C"],
+    points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
     method: Method = "linear",
@@ -301,7 +304,7 @@ def splat(
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Array:
+) -> Float[Array, "*shape C"]:
     """Adds values into an image at positions: ``out(j) = sum_i g(p_i, j) values_i``.
 
     The exact adjoint of `gather` with the same options and ``fill_value=0``:
@@ -347,26 +350,26 @@ def splat(
 
 
 def backward_warp(
-    image: ArrayLike,
-    flow: ArrayLike,
+    image: Float[ArrayLike, "... H W C"],
+    flow: Float[ArrayLike, "... h w dims"],
     *,
     method: Method = "linear",
     boundary: Boundary = "constant",
     fill_value: float = 0.0,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Array:
+) -> Float[Array, "... h w C"]:
     """Warps an image backwards along a flow: ``out[q] = image(q + flow[q])``.
 
     Args:
       image: ``(*batch, H, W, C)`` or ``(*batch, D, H, W, C)``; float16, bfloat16, float32, float64.
-      flow: ``(*batch, H', W', 2)`` or ``(*batch, D', H', W', 3)``, displacements ``(x, y[, z])`` in
+      flow: ``(*batch, h, w, 2)`` or ``(*batch, d, h, w, 3)``, displacements ``(x, y[, z])`` in
         pixels; the same dtypes, not always the same one. Half-precision flow is added to the pixel
         in float32. Its spatial shape may be another than that of the image; q counts its pixels.
       method, boundary, fill_value, forward_mode, deterministic: as in `gather`.
 
     Returns:
-      ``(*batch, H', W', C)`` or ``(*batch, D', H', W', C)`` in the image's dtype. The batch axes
+      ``(*batch, h, w, C)`` or ``(*batch, d, h, w, C)`` in the image's dtype. The batch axes
       broadcast against each other and mean the same as `jax.vmap`; a shared operand is not copied.
       Non-finite displacements and pixels, and integer coordinates: as in `gather`.
 
@@ -403,11 +406,11 @@ def backward_warp(
 
 @overload
 def forward_warp(
-    values: ArrayLike,
-    flow: ArrayLike,
+    values: Float[ArrayLike, "... H W C"],
+    flow: Float[ArrayLike, "... H W dims"],
     *,
     reduce: Reduce = ...,
-    importance: ArrayLike | None = ...,
+    importance: Float[ArrayLike, "... H W"] | None = ...,
     method: Method = ...,
     boundary: Boundary = ...,
     fill_value: float = ...,
@@ -415,14 +418,14 @@ def forward_warp(
     return_coverage: Literal[False] = ...,
     forward_mode: bool = ...,
     deterministic: bool | None = ...,
-) -> Array: ...
+) -> Float[Array, "... H W C"]: ...
 @overload
 def forward_warp(
-    values: ArrayLike,
-    flow: ArrayLike,
+    values: Float[ArrayLike, "... H W C"],
+    flow: Float[ArrayLike, "... H W dims"],
     *,
     reduce: Reduce = ...,
-    importance: ArrayLike | None = ...,
+    importance: Float[ArrayLike, "... H W"] | None = ...,
     method: Method = ...,
     boundary: Boundary = ...,
     fill_value: float = ...,
@@ -430,13 +433,13 @@ def forward_warp(
     return_coverage: Literal[True],
     forward_mode: bool = ...,
     deterministic: bool | None = ...,
-) -> tuple[Array, Array]: ...
+) -> tuple[Float[Array, "... H W C"], Float[Array, "... H W"]]: ...
 def forward_warp(
-    values: ArrayLike,
-    flow: ArrayLike,
+    values: Float[ArrayLike, "... H W C"],
+    flow: Float[ArrayLike, "... H W dims"],
     *,
     reduce: Reduce = "average",
-    importance: ArrayLike | None = None,
+    importance: Float[ArrayLike, "... H W"] | None = None,
     method: Method = "linear",
     boundary: Boundary = "constant",
     fill_value: float = 0.0,
@@ -444,7 +447,7 @@ def forward_warp(
     return_coverage: bool = False,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Float[Array, "... H W C"] | tuple[Float[Array, "... H W C"], Float[Array, "... H W"]]:
     """Warps an image forwards along a flow: the value at pixel r moves to r + flow[r].
 
     With ``N_j = sum_i w_i g(p_i, j) values_i`` and ``D_j = sum_i w_i g(p_i, j)``, the result at

@@ -1,8 +1,11 @@
 """The inverse of sampling: equation (3) in the least-squares sense, by JAX's conjugate gradients on
 the gather and the splat of this package, with derivatives by the implicit function theorem."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Annotated as Float  # what jaxtyping's is to type checkers
 from typing import Any, NamedTuple
 
 import jax
@@ -20,15 +23,15 @@ AVERAGE = Reduction("average", 0.0, False)
 
 
 def reconstruct(
-    values: ArrayLike,
-    points: ArrayLike,
+    values: Float[ArrayLike, "*S C"],
+    points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
     boundary: _ops.Boundary = "constant",
     damping: float = 0.0,
     tol: float = 1e-5,
     max_steps: int = 100,
-) -> Array:
+) -> Float[Array, "*shape C"]:
     """Finds the image whose samples at the points are the values: the inverse of `gather`.
 
     The result x minimises ``|gather(x, points) - values|^2 + damping |x|^2``, with linear

@@ -24,7 +24,11 @@ KITTI's PNG holds 16-bit integers, which OpenCV gives as (valid, y, x)::
     cv2.imwrite("flow.png", np.dstack([valid, code[..., ::-1]]).astype(np.uint16))
 """
 
+from __future__ import annotations
+
 import math
+from typing import Annotated as Float  # what jaxtyping's is to type checkers
+from typing import Annotated as UInt8
 
 import jax.numpy as jnp
 from jax import Array
@@ -35,7 +39,9 @@ from jaxwarp._ops import _broadcast, _number, _values, backward_warp, forward_wa
 __all__ = ["compose", "consistency", "invert", "to_rgb"]
 
 
-def invert(flow: ArrayLike, *, forward_mode: bool = False) -> Array:
+def invert(
+    flow: Float[ArrayLike, "... H W dims"], *, forward_mode: bool = False
+) -> Float[Array, "... H W dims"]:
     """Inverts a flow from A to B: the flow from B back to A, ``forward_warp(-flow, flow)``.
 
     Each displacement is reversed, moved to where it leads, and averaged with those that meet there.
@@ -78,7 +84,12 @@ def invert(flow: ArrayLike, *, forward_mode: bool = False) -> Array:
     return forward_warp(-flow, flow, forward_mode=forward_mode)
 
 
-def compose(first: ArrayLike, second: ArrayLike, *, forward_mode: bool = False) -> Array:
+def compose(
+    first: Float[ArrayLike, "... H W dims"],
+    second: Float[ArrayLike, "... h w dims"],
+    *,
+    forward_mode: bool = False,
+) -> Float[Array, "... H W dims"]:
     """Composes flows from A to B and from B to C into that from A to C.
 
     ``first + backward_warp(second, first, boundary="nearest")``: outside B the second flow is that
@@ -89,8 +100,8 @@ def compose(first: ArrayLike, second: ArrayLike, *, forward_mode: bool = False) 
     Args:
       first: ``(*batch, H, W, 2)`` or ``(*batch, D, H, W, 3)``, displacements ``(x, y[, z])`` in
         pixels; float16, bfloat16, float32 or float64.
-      second: ``(*batch, H', W', 2)`` or ``(*batch, D', H', W', 3)``, likewise. B may have another
-        size than A.
+      second: ``(*batch, h, w, 2)`` or ``(*batch, d, h, w, 3)``, likewise. B may have another size
+        than A.
       forward_mode: allow `jax.jvp`, `jax.jacfwd` and `jax.linearize` too.
 
     Returns:
@@ -119,7 +130,12 @@ def compose(first: ArrayLike, second: ArrayLike, *, forward_mode: bool = False) 
     return total.astype(jnp.promote_types(first.dtype, second.dtype))
 
 
-def consistency(forward: ArrayLike, backward: ArrayLike, *, forward_mode: bool = False) -> Array:
+def consistency(
+    forward: Float[ArrayLike, "... H W dims"],
+    backward: Float[ArrayLike, "... h w dims"],
+    *,
+    forward_mode: bool = False,
+) -> Float[Array, "... H W"]:
     """How far from its start each pixel ends after the round trip from A to B and back, in pixels.
 
     The Euclidean norm of ``compose(forward, backward)``. It is small where the two flows agree, and
@@ -162,7 +178,9 @@ def consistency(forward: ArrayLike, backward: ArrayLike, *, forward_mode: bool =
     return norm.astype(jnp.promote_types(forward.dtype, backward.dtype))
 
 
-def to_rgb(flow: ArrayLike, *, max_length: float | None = None) -> Array:
+def to_rgb(
+    flow: Float[ArrayLike, "*batch H W 2"], *, max_length: float | None = None
+) -> UInt8[Array, "*batch H W 3"]:
     """Draws a flow: the hue is the direction, the saturation is the length.
 
     The hue turns evenly with the direction, clockwise on the screen (y points down), on the wheel

@@ -4,7 +4,10 @@ borrows from its neighbours the rows that a displacement can reach.
 Everything else that is sharded (batch axes, points, channels) needs no function of its own.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Annotated as Float  # what jaxtyping's is to type checkers
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +22,8 @@ REACH = 2  # rows beyond a position that a method touches at most (cubic)
 
 
 def backward_warp(
-    image: ArrayLike,
-    flow: ArrayLike,
+    image: Float[ArrayLike, "... H W C"],
+    flow: Float[ArrayLike, "... h w dims"],
     *,
     axis_name: str,
     max_displacement: float,
@@ -29,7 +32,7 @@ def backward_warp(
     fill_value: float = 0.0,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Array:
+) -> Float[Array, "... h w C"]:
     """`jaxwarp.backward_warp` inside `jax.shard_map`, for an image whose rows are sharded.
 
     Every device sends ``ceil(max_displacement) + 2`` rows to each of its two neighbours, and gets
@@ -38,7 +41,7 @@ def backward_warp(
     Args:
       image: this device's ``(*batch, H / n, W, C)`` or ``(*batch, D / n, H, W, C)`` of n; dtypes as
         in `jaxwarp.backward_warp`.
-      flow: the same rows of the flow, ``(*batch, H / n, W', 2)`` or ``(*batch, D / n, H', W', 3)``,
+      flow: the same rows of the flow, ``(*batch, H / n, w, 2)`` or ``(*batch, D / n, h, w, 3)``,
         displacements ``(x, y[, z])`` in pixels.
       axis_name: the mesh axis over which the rows (slices, in 3-D) are sharded.
       max_displacement: the longest displacement along the sharded axis, in pixels. A longer one, or

@@ -6,14 +6,17 @@ Zhiwei Xu, "Notes: CUDA Implementation of Differentiable Image Warping" (2021).
 Positions and displacements are in pixels, their last axis is (x, y) or (x, y, z), and 0 is the
 centre of the first pixel. Images are channels-last, (H, W, C) or (D, H, W, C); `grid_sample`
 alone has PyTorch's normalised positions and channels first. Shapes: ``shape`` is the spatial shape
-of an image, ``S`` any shape of points, ``d`` is 2 or 3.
+of an image, ``S`` any shape of points, ``dims`` is 2 or 3.
 `forward_mode` and `deterministic` are accepted and change nothing here.
 """
+
+from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Annotated as Float  # what jaxtyping's is to type checkers
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +61,15 @@ METHODS: dict[str, tuple[Callable[[Array], Array], _Taps]] = {
 PERIODS = {"mirror": lambda n: max(2 * n - 2, 1), "reflect": lambda n: 2 * n, "wrap": lambda n: n}
 
 
-def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
-    """Positions of the pixels of an image, ``(*shape, d)``; `shape` is (H, W) or (D, H, W)."""
+def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape dims"]:
+    """Positions of the pixels of an image, ``(*shape, dims)``; `shape` is (H, W) or (D, H, W)."""
     axes = jnp.meshgrid(*(jnp.arange(n, dtype=dtype) for n in shape), indexing="ij")
     return jnp.stack(axes[::-1], axis=-1)
 
 
 def gather(
-    image: ArrayLike,
-    points: ArrayLike,
+    image: Float[ArrayLike, "*shape C"],
+    points: Float[ArrayLike, "*S dims"],
     *,
     method: str = "linear",
     boundary: str = "constant",
@@ -74,8 +77,8 @@ def gather(
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Array:
-    """Samples `image` ``(*shape, C)`` at `points` ``(*S, d)``: (1), out(p) = sum_j g(p, j) I(j).
+) -> Float[Array, "*S C"]:
+    """Samples `image` ``(*shape, C)`` at `points` ``(*S, dims)``: (1), out(p) = sum_j g(p, j) I(j).
 
     `derivative` = (k_x, k_y[, k_z]) differentiates the weight g that many times along each axis.
     Returns ``(*S, C)`` in the image's dtype. A NaN coordinate gives NaN; an infinite one gives
@@ -89,8 +92,8 @@ def gather(
 
 
 def splat(
-    values: ArrayLike,
-    points: ArrayLike,
+    values: Float[ArrayLike, "*S C"],
+    points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
     method: str = "linear",
@@ -98,11 +101,11 @@ def splat(
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Array:
-    """Adds `values` ``(*S, C)`` into an image at `points` ``(*S, d)``: sum_i g(p_i, j) f_i of (5).
+) -> Float[Array, "*shape C"]:
+    """Adds `values` ``(*S, C)`` into an image at `points` ``(*S, dims)``: sum_i g(p_i, j) f_i.
 
-    The adjoint of `gather` with ``fill_value=0``. Returns ``(*shape, C)`` in the values' dtype. A
-    source with a non-finite coordinate is dropped.
+    N_j of (5), and the adjoint of `gather` with ``fill_value=0``. Returns ``(*shape, C)`` in the
+    values' dtype. A source with a non-finite coordinate is dropped.
     """
     values, points = jnp.asarray(values), jnp.asarray(points)
     derivative = tuple(derivative or (0,) * points.shape[-1])
@@ -112,19 +115,20 @@ def splat(
 
 
 def backward_warp(
-    image: ArrayLike,
-    flow: ArrayLike,
+    image: Float[ArrayLike, "... H W C"],
+    flow: Float[ArrayLike, "... h w dims"],
     *,
     method: str = "linear",
     boundary: str = "constant",
     fill_value: float = 0.0,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Array:
+) -> Float[Array, "... h w C"]:
     """out[q] = image(q + flow[q]): equation (1) with p = q + flow[q].
 
-    image: ``(*batch, *shape, C)``. flow: ``(*batch, *S, d)`` pixels. Returns ``(*batch, *S, C)``;
-    the leading axes broadcast against each other and mean the same as `jax.vmap`.
+    image: ``(*batch, *shape, C)``. flow: ``(*batch, *S, dims)`` pixels. Returns
+    ``(*batch, *S, C)``; the leading axes broadcast against each other and mean the same as
+    `jax.vmap`.
     """
     image, flow = jnp.asarray(image), jnp.asarray(flow)
     signature = {2: "(h,w,c),(i,j,d)->(i,j,c)", 3: "(e,h,w,c),(k,i,j,d)->(k,i,j,c)"}
@@ -138,11 +142,11 @@ def backward_warp(
 
 
 def forward_warp(
-    values: ArrayLike,
-    flow: ArrayLike,
+    values: Float[ArrayLike, "... H W C"],
+    flow: Float[ArrayLike, "... H W dims"],
     *,
     reduce: str = "average",
-    importance: ArrayLike | None = None,
+    importance: Float[ArrayLike, "... H W"] | None = None,
     method: str = "linear",
     boundary: str = "constant",
     fill_value: float = 0.0,
@@ -150,7 +154,7 @@ def forward_warp(
     return_coverage: bool = False,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Float[Array, "... H W C"] | tuple[Float[Array, "... H W C"], Float[Array, "... H W"]]:
     """Move the value at pixel r to r + flow[r]: equation (5), with f = values and w = importance::
 
         "sum":     out_j = N_j,        N_j = sum_i w_i g(p_i, j) f_i
@@ -161,7 +165,7 @@ def forward_warp(
     A target with coverage_j = sum_i g(p_i, j) <= `min_coverage`, or with D_j = 0, is a hole: it
     holds `fill_value` and passes no gradient.
 
-    values: ``(*batch, *shape, C)``. flow: ``(*batch, *shape, d)`` pixels. importance:
+    values: ``(*batch, *shape, C)``. flow: ``(*batch, *shape, dims)`` pixels. importance:
     ``(*batch, *shape)``, 1 where None ("softmax" needs it). Returns ``(*batch, *shape, C)`` in the
     values' dtype, with `return_coverage` also the coverage, ``(*batch, *shape)``, in the dtype of
     the accumulation. The leading axes broadcast.
@@ -194,18 +198,18 @@ def forward_warp(
 
 
 def grid_sample(
-    input: ArrayLike,
-    grid: ArrayLike,
+    input: Float[ArrayLike, "... H W"],
+    grid: Float[ArrayLike, "... h w dims"],
     *,
     mode: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = False,
     forward_mode: bool = False,
-) -> Array:
+) -> Float[Array, "... h w"]:
     """PyTorch's `grid_sample`: (1) with channels first and positions between -1 and 1.
 
-    input: ``(*batch, C, *shape)``. grid: ``(*batch, *S, d)``, see `to_pixels`; S has as many axes
-    as shape. Returns ``(*batch, C, *S)`` in the input's dtype; the leading axes broadcast.
+    input: ``(*batch, C, *shape)``. grid: ``(*batch, *S, dims)``, see `to_pixels`; S has as many
+    axes as shape. Returns ``(*batch, C, *S)`` in the input's dtype; the leading axes broadcast.
     """
     input, grid = jnp.asarray(input), jnp.asarray(grid)
     signature = {2: "(c,h,w),(i,j,d)->(c,i,j)", 3: "(c,e,h,w),(k,i,j,d)->(c,k,i,j)"}
@@ -231,16 +235,16 @@ def grid_sample(
 
 
 def reconstruct(
-    values: ArrayLike,
-    points: ArrayLike,
+    values: Float[ArrayLike, "*S C"],
+    points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
     boundary: str = "constant",
     damping: float = 0.0,
     tol: float = 1e-5,
     max_steps: int = 100,
-) -> Array:
-    """The image ``(*shape, C)`` with samples `values` ``(*S, C)`` at ``(*S, d)``: equation (3).
+) -> Float[Array, "*shape C"]:
+    """The image ``(*shape, C)`` with samples `values` ``(*S, C)`` at ``(*S, dims)``: equation (3).
 
     In the least-squares sense: the least ``|G x - f|^2 + damping |x|^2``, where row i of the matrix
     G holds the weights g(p_i, j) of (1); without damping, of all such x the one with the least
@@ -263,8 +267,10 @@ def reconstruct(
     return x.reshape(*shape, values.shape[-1]).astype(values.dtype)
 
 
-def to_pixels(grid: ArrayLike, shape: Sequence[int], *, align_corners: bool) -> Array:
-    """Pixels from normalised positions, both ``(*S, d)``, for an image of spatial `shape`.
+def to_pixels(
+    grid: Float[ArrayLike, "*S dims"], shape: Sequence[int], *, align_corners: bool
+) -> Float[Array, "*S dims"]:
+    """Pixels from normalised positions, both ``(*S, dims)``, for an image of spatial `shape`.
 
     -1 and 1 are the centres of the first and of the last pixel with `align_corners`, and the outer
     edges of these pixels without. An axis of size 1 has all finite positions at 0 with
@@ -277,7 +283,9 @@ def to_pixels(grid: ArrayLike, shape: Sequence[int], *, align_corners: bool) -> 
     return jnp.where(jnp.isfinite(grid), pixels, grid)
 
 
-def to_normalized(points: ArrayLike, shape: Sequence[int], *, align_corners: bool) -> Array:
+def to_normalized(
+    points: Float[ArrayLike, "*S dims"], shape: Sequence[int], *, align_corners: bool
+) -> Float[Array, "*S dims"]:
     """The inverse of `to_pixels`; 0 along an axis of size 1 with `align_corners`."""
     points = jnp.asarray(points)
     points = points.astype(_at_least_float32(points))
