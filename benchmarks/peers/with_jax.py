@@ -138,13 +138,16 @@ def program(function: Callable, case: Case, *, normalised: bool = False) -> Prog
     call = jax.jit(run)
 
     # Each turn takes a number of the last result into the flow, times 0: so no turn can be left
-    # out, and the flow and the results stay in their (donated) buffers.
+    # out, and the flow and the results stay in their (donated) buffers. The barrier keeps the
+    # number out of the update, which XLA would else fuse with it, and then copy the whole flow.
     @partial(jax.jit, donate_argnums=1)
     def loop(count, state, others):
         def turn(_, state):
             flow, results = state
             last = results[0][(0,) * results[0].ndim].astype(flow.dtype)
-            flow = flow.at[(0,) * flow.ndim].add(0 * last)
+            corner = (0,) * flow.ndim
+            number = jax.lax.optimization_barrier(flow[corner] + 0 * last)
+            flow = jax.lax.dynamic_update_slice(flow, number.reshape((1,) * flow.ndim), corner)
             return flow, run(flow, others)
 
         return jax.lax.fori_loop(0, count, turn, state)
