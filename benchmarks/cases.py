@@ -42,7 +42,7 @@ class Case:
     operation: str
     order: str = "value"  # one of PASSES
     size: str = "1080x1920x3"
-    motion: str = "smooth"  # or "random": +-64 pixels
+    motion: str = "smooth"  # or "random": +-64 pixels; or "zero"
     dtype: str = "float32"  # of the image; the flow is float64 for float64, else float32
 
     def __str__(self) -> str:
@@ -114,6 +114,7 @@ def default() -> list[Case]:
         *of(operation=average, size=("2160x3840x4", *NOTES)),
         *of(operation=warp + average, order=ends, motion=("random",)),
         *of(operation=warp, motion=("random",), size=("2160x3840x4",)),
+        *of(operation=warp + average, motion=("zero",)),
         *of(operation=warp, order=ends, dtype=("bfloat16", "float64")),
         *of(operation=average, order=ends[1:], dtype=("bfloat16", "float64")),
         *of(operation=warp, size=SCALING),
@@ -146,8 +147,8 @@ def quick() -> list[Case]:
 def inputs(case: Case) -> dict[str, np.ndarray]:
     """image, flow, and where they are used: importance, ct, d_image, d_flow; channels last.
 
-    Displacements are odd multiples of 1/32 pixel. So no position is on a kink, where gradients
-    differ by definition, and OpenCV's rounding of weights to 1/32 pixel changes nothing.
+    Displacements, unless zero, are odd multiples of 1/32 pixel. So no position is on a kink, where
+    gradients differ by definition, and OpenCV's rounding of weights to 1/32 pixel changes nothing.
     """
     rng = np.random.default_rng(0)
     real = np.float64 if case.dtype == "float64" else np.float32
@@ -164,7 +165,8 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
         phase = sum(axis / n for axis, n in zip(axes, case.spatial, strict=True))
         planes = [8 * np.sin(2 * np.pi * (phase + k / 3)) for k in range(case.flow[-1])]
         flow = np.broadcast_to(np.stack(planes, -1).astype(real), case.flow)
-    arrays = {"image": values(case.image), "flow": (2 * np.floor(flow * 16) + 1) / real(32)}
+    flow = (2 * np.floor(flow * 16) + 1) / real(32)
+    arrays = {"image": values(case.image), "flow": flow * (case.motion != "zero")}
     if case.operation == "forward_softmax":
         arrays["importance"] = rng.random(case.flow[:-1], dtype=real) * 4
     if "gradient" in case.order:

@@ -24,6 +24,7 @@ struct Operand {
   int64_t stride[kMaxBatch] = {};
   int64_t count = 0;
   int64_t first_sum = 0;  // its place among the sums of a deterministic call
+  bool output = false;    // written, not read
   bool summed = false;    // an output with stride 0 along an axis that others have: the sum over it
 };
 
@@ -457,6 +458,7 @@ class Decoder {
       Operand& operand = call_.*b.slot->operand;
       operand.data = b.buffer.untyped_data();
       operand.dtype = b.buffer.element_type();
+      operand.output = b.output;
       operand.count = static_cast<int64_t>(b.buffer.element_count());
       if (b.output && b.dtype == 'T' && call_.value_type != ffi::F64 &&
           (operand.dtype == ffi::F32) != (operand.summed || call_.value_type == ffi::F32)) {

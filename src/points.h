@@ -2,6 +2,8 @@
 // the plain ones, which are nearly all: they reach the mathematics without a test.
 #pragma once
 
+#include <optional>
+
 #include "geometry.h"
 
 // That loop is compiled for AVX2, for machines that have it. Nothing else is: of an inline function
@@ -34,20 +36,23 @@ Channels<int64_t> all_channels(const Call& call) {
 }
 
 // Calls body(channels) with all channels. Of the numbers that images mostly have, the compiler
-// knows.
-template <class Types, class Body>
+// knows. kCommon: false in kernels that few use or that are slow for other reasons, since each
+// number is compiled anew.
+template <class Types, bool kCommon, class Body>
 void with_channels(const Call& call, const Body& body) {
   using T = typename Types::Value;
   constexpr bool kMany = Types::kDims == 2 && std::is_same_v<T, float>;
   const auto channels = all_channels<T>(call);
-  if (!channels.contiguous) return body(channels);
-  if (channels.count == 1) return body(FixedChannels<int64_t, 1>{});
-  if constexpr (Types::kDims == 2) {
-    if (channels.count == 3) return body(FixedChannels<int64_t, 3>{});
-  }
-  if constexpr (kMany) {
-    if (channels.count == 2) return body(FixedChannels<int64_t, 2>{});
-    if (channels.count == 4) return body(FixedChannels<int64_t, 4>{});
+  if constexpr (kCommon) {
+    if (!channels.contiguous) return body(channels);
+    if (channels.count == 1) return body(FixedChannels<int64_t, 1>{});
+    if constexpr (Types::kDims == 2) {
+      if (channels.count == 3) return body(FixedChannels<int64_t, 3>{});
+    }
+    if constexpr (kMany) {
+      if (channels.count == 2) return body(FixedChannels<int64_t, 2>{});
+      if (channels.count == 4) return body(FixedChannels<int64_t, 4>{});
+    }
   }
   body(channels);
 }
@@ -117,6 +122,67 @@ struct Points {
   }
 };
 
+// Sums of N neighbouring channels at the right-hand corners of a point, in registers: they mostly
+// are the left-hand corners of the next, and each sum is then read and written once, not twice, and
+// no addition waits for what the point before has just stored. What is added, and in which order,
+// stays the same. For two taps along each axis and an image of N channels.
+template <class A, int N, int D>
+class Trail {
+ public:
+  JAXWARP_HD Trail() {
+    JAXWARP_UNROLL for (int p = 0; p < kPairs; ++p) sum_[p] = Lanes<A, N>(A(0));
+  }
+  // Adds part(k) to the sums at the corners of a plain point, whose first is `target`.
+  template <class Part>
+  JAXWARP_HD void add(A* target, const int64_t* stride, Part part) {
+    Lanes<A, N> right[kPairs];
+    if (target == target_) {
+      JAXWARP_UNROLL for (int p = 0; p < kPairs; ++p) {
+        right[p] = load<N, true>(target + N + row(p, stride));
+      }
+    } else {
+      flush(stride);
+      JAXWARP_UNROLL for (int p = 0; p < kPairs; ++p) {  // as they may just have been stored
+        sum_[p] = load<N>(target + row(p, stride));
+        right[p] = load<N>(target + N + row(p, stride));
+      }
+    }
+    target_ = target + N;
+    JAXWARP_UNROLL for (int p = 0; p < kPairs; ++p) {
+      sum_[p] += part(2 * p);
+      store<N>(target + row(p, stride), sum_[p]);
+      right[p] += part(2 * p + 1);
+      sum_[p] = right[p];
+    }
+  }
+  JAXWARP_HD void flush(const int64_t* stride) {
+    if (target_ == nullptr) return;
+    JAXWARP_UNROLL for (int p = 0; p < kPairs; ++p) store<N>(target_ + row(p, stride), sum_[p]);
+    target_ = nullptr;
+  }
+
+ private:
+  static constexpr int kPairs = D == 2 ? 2 : 4;
+  static JAXWARP_HD int64_t row(int pair, const int64_t* stride) {
+    return pair % 2 * stride[1] + (D == 3 ? pair / 2 * stride[2] : 0);
+  }
+  A* target_ = nullptr;  // of the first sum; null: none
+  Lanes<A, N> sum_[kPairs];
+};
+
+// Those of a run of plain points, for as many channels as are known.
+template <class Types, class Ch>
+struct Trails {
+  using A = Accumulator<typename Types::Value>;
+  Trail<A, Ch::count, Types::kDims> image;
+  Trail<A, 1, Types::kDims> coverage;
+
+  JAXWARP_HD void flush(const Shape<int64_t>& shape) {
+    image.flush(shape.stride);
+    coverage.flush(shape.plane_stride);
+  }
+};
+
 // One of them: corners and weights of the points whose corners all lie inside, some of which are
 // plain, and later the pulls of the corners.
 template <class Types>
@@ -139,11 +205,14 @@ struct Tile {
   alignas(32) int32_t first[D][kPoints];
   alignas(32) uint32_t pixel[kPoints];
   // A bit for each point:
-  uint64_t interior;  // all corners inside
+  uint64_t interior;  // all corners inside, and whatever lies behind them to be read on
   uint64_t plain;     // plain, and all its corners in the rows
+  uint64_t level;     // the same but for a weight of zero or nearly so: on a grid line, see Tame
   uint64_t unseen;    // interior, and none of its corners in the rows
 
-  // Points n .. n + count - 1, of which the first starts at pixel `start`.
+  // Points n .. n + count - 1, of which the first starts at pixel `start`. kRowsAlone: only which
+  // are interior, and the row of their first corner.
+  template <bool kRowsAlone = false>
   JAXWARP_WIDE __attribute__((noinline)) void place(const Points<Types>& points, int64_t n,
                                                     int64_t count, const int64_t (&start)[D],
                                                     const Rows<int64_t>& rows) {
@@ -156,7 +225,7 @@ struct Tile {
     if (call.displacement) {
       for (int i = 0; i < kLanes; ++i) step.lane[i] = static_cast<Real>(i);
     }
-    uint64_t insiders = 0, plains = 0, strangers = 0;
+    uint64_t insiders = 0, plains = 0, levels = 0, strangers = 0;
     for (int64_t g = 0; g < count; g += kLanes) {
       Real copied[kLanes * D];
       const Real* raw = static_cast<const Real*>(points.data) + (n + g) * D;
@@ -177,14 +246,17 @@ struct Tile {
         x[a] = place + axis(raw, a);
         cell[a].lane = __builtin_convertvector(x[a].lane, typename Ints::Vector);
         rest[a].lane = x[a].lane - __builtin_convertvector(cell[a].lane, typename Reals::Vector);
-        axis_weights_of<Types::kMethod, 0>(rest[a], static_cast<Real>(call.sampling.cubic_a), w[a]);
         inside = inside & (x[a].lane >= 0) & (x[a].lane < points.end[a]);
+        if (!kRowsAlone || a == D - 1) store<kLanes>(first[a] + g, cell[a]);
+        if constexpr (kRowsAlone) continue;
+        axis_weights_of<Types::kMethod, 0>(rest[a], static_cast<Real>(call.sampling.cubic_a), w[a]);
         JAXWARP_UNROLL for (const Reals& factor : w[a]) {
           weighs = weighs & (factor.lane > static_cast<Real>(1e-12));  // see weighs()
         }
         store<kLanes>(t[a] + g, rest[a]);
-        store<kLanes>(first[a] + g, cell[a]);
       }
+      insiders |= bits(inside) << g;
+      if constexpr (kRowsAlone) continue;
       for_corners<kCorners>(
           [&](int k) JAXWARP_INLINE { store<kLanes>(weight[k] + g, Stencil::weight(k, w)); });
       Places at = unsigned_of(cell[D - 1]);
@@ -194,15 +266,16 @@ struct Tile {
       store<kLanes>(pixel + g, at);
 
       const auto last = x[D - 1].lane;
-      const auto within = inside & weighs & (last >= from) & (last < to - 1);
+      const auto within = inside & (last >= from) & (last < to - 1);
       const auto apart = inside & ((last < from - 1) | (last >= to));
-      insiders |= bits(inside) << g;
-      plains |= bits(within) << g;
+      plains |= bits(within & weighs) << g;
+      levels |= bits(within & ~weighs) << g;
       strangers |= bits(apart) << g;
     }
     const uint64_t given = count == kPoints ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
     interior = insiders & given;
     plain = plains & given;
+    level = levels & given;
     unseen = strangers & given;
   }
 
@@ -213,8 +286,10 @@ struct Tile {
   }
 
   // Point i, which is plain.
-  JAXWARP_HD Stencil stencil(int64_t i) {
-    Stencil result;
+  template <class TrailsT>
+  JAXWARP_HD auto stencil(int64_t i, TrailsT* trails) {
+    PlainStencil<Types::kMethod, D, Real, int64_t, TrailsT> result;
+    result.trails = trails;
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
       result.first[a] = first[a][i];
       result.t[a] = t[a][i];
@@ -250,19 +325,21 @@ struct Tile {
         axis_weights_of<Types::kMethod, 1>(rest, a_cubic, dw[a]);
         ct[a] = Reals(Real(0));
       }
-      for_corners<kCorners>([&](int k) JAXWARP_INLINE {
-        Real column[kLanes];
-        JAXWARP_UNROLL for (int j = 0; j < kLanes; ++j) column[j] = pull[i + g + j][k];
-        pulls[k] = load<kLanes>(column);
-      });
+      columns(pull + i + g, pulls);
       add_slopes<Stencil>(w, dw, pulls, ct);
       Real each[kLanes][D];
       for (int j = 0; j < kLanes; ++j) {
         JAXWARP_UNROLL for (int a = 0; a < D; ++a) each[j][a] = ct[a].lane[j];
       }
-      const int64_t given = std::min<int64_t>(count - g, kLanes);
-      for (int64_t j = 0; j < given; ++j) {
-        target.template emit<D>((n + g + j) * D, Lanes<Real, D>(each[j]));
+      if (count - g >= kLanes) {
+        JAXWARP_UNROLL for (int part = 0; part < D; ++part) {
+          target.template emit<kLanes>((n + g) * D + part * kLanes,
+                                       load<kLanes>(each[0] + part * kLanes));
+        }
+      } else {
+        for (int64_t j = 0; j < count - g; ++j) {
+          target.template emit<D>((n + g + j) * D, Lanes<Real, D>(each[j]));
+        }
       }
     }
   }
@@ -289,6 +366,30 @@ struct Tile {
     for (int i = 0; i < kLanes; ++i) all |= static_cast<uint64_t>(mask[i] & 1) << i;
     return all;
 #endif
+  }
+  // Of kLanes points, the pulls of each corner side by side.
+  static JAXWARP_HD void columns(const Real (*rows)[kCorners], Reals (&column)[kCorners]) {
+#if defined(JAXWARP_SHUFFLE)
+    if constexpr (kLanes == 8 && kCorners == 4) {
+      typename Reals::Vector part[4];  // corners 0 and 1 of four points, 2 and 3; of the other four
+      JAXWARP_UNROLL for (int p = 0; p < 4; p += 2) {
+        const auto low = load<8>(rows[2 * p]).lane, high = load<8>(rows[2 * p + 2]).lane;
+        part[p] = JAXWARP_SHUFFLE(low, high, 0, 4, 8, 12, 1, 5, 9, 13);
+        part[p + 1] = JAXWARP_SHUFFLE(low, high, 2, 6, 10, 14, 3, 7, 11, 15);
+      }
+      JAXWARP_UNROLL for (int k = 0; k < 4; k += 2) {
+        const auto low = part[k / 2], high = part[k / 2 + 2];
+        column[k].lane = JAXWARP_SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11);
+        column[k + 1].lane = JAXWARP_SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+      }
+      return;
+    }
+#endif
+    for_corners<kCorners>([&](int k) JAXWARP_INLINE {
+      Real each[kLanes];
+      JAXWARP_UNROLL for (int j = 0; j < kLanes; ++j) each[j] = rows[j][k];
+      column[k] = load<kLanes>(each);
+    });
   }
   // Component a of each point.
   static JAXWARP_HD Reals axis(const Real* raw, int a) {
@@ -388,6 +489,126 @@ class Prefetcher {
   std::pair<uintptr_t, uintptr_t> start_[3];  // of the last corner of pixel 0, and bytes per pixel
 };
 
+// Finds the points on grid lines, as of a flow of zeros, that may be treated as plain: those whose
+// own numbers and whose corners' are all of ordinary size, so that a weight of zero makes zeros of
+// them. Of a call, the inputs: outputs are what the kernel writes.
+class Tame {
+ public:
+  // Not with a peak: a logit may be beyond that of a corner without weight.
+  Tame(const Call& call, int64_t b) : call_(call), b_(b), none_(call.peak.data != nullptr) {
+    const Shape<int64_t>& shape = call.shape;
+    for (const Operand* values : {&call.values, &call.d_values, &call.ct_values, &call.d_ct_values})
+      add(*values, kOfPoints, {shape.point_stride, shape.point_channel_stride, shape.channels});
+    for (const Operand* scalars : {&call.importance, &call.d_importance})
+      add(*scalars, kOfPoints, {1, 1, 1});
+    add(call.d_points, kOfPoints, {call.dims, 1, call.dims});
+    for (const Operand* image : {&call.image, &call.d_image, &call.ct_image})
+      add(*image, kOfCorners, {shape.stride[0], shape.channel_stride, shape.channels});
+    for (const Operand* divisor : {&call.coverage, &call.weight})
+      add(*divisor, kOfDivisors, {1, 1, 1});
+    add(call.ct_coverage, kOfCorners, {1, 1, 1});
+  }
+
+  // Of the points in the mask `level`, the i-th of which is number n + i and has its first corner
+  // at pixel[i] of a plane.
+  uint64_t of(uint64_t level, const uint32_t* pixel, int64_t n) const {
+    if (none_) return 0;
+    uint64_t tame = 0;
+    while (level != 0) {  // a run of neighbours at a time
+      const int first = __builtin_ctzll(level);
+      int end = first + 1;
+      while (end < 64 && level >> end & 1 && pixel[end] == pixel[end - 1] + 1) ++end;
+      const uint64_t below = (uint64_t(1) << first) - 1,
+                     run = (end < 64 ? (uint64_t(1) << end) - 1 : ~uint64_t(0)) & ~below;
+      level &= ~run;
+      if (are_tame(n + first, pixel[first], end - first)) tame |= run;
+    }
+    return tame;
+  }
+
+ private:
+  enum Kind { kOfPoints, kOfCorners, kOfDivisors };
+  struct Layout {
+    int64_t step, channel_step, channels;  // in numbers
+  };
+  struct Source {
+    Kind kind;
+    Layout layout;
+    ffi::DataType dtype;
+    const char* data;
+  };
+
+  void add(const Operand& operand, Kind kind, Layout layout) {
+    if (operand.data == nullptr || operand.output) return;
+    const int64_t offset = call_.batch.offset(b_, operand.stride) * size(operand.dtype);
+    sources_[count_++] = {kind, layout, operand.dtype,
+                          static_cast<const char*>(operand.data) + offset};
+  }
+  static int64_t size(ffi::DataType dtype) {
+    return dtype == ffi::F64 ? 8 : dtype == ffi::F32 ? 4 : 2;
+  }
+
+  bool are_tame(int64_t n, int64_t pixel, int64_t count) const {
+    const int64_t* const row = call_.shape.plane_stride;
+    for (int s = 0; s < count_; ++s) {
+      if (sources_[s].kind == kOfPoints) {
+        if (!ordinary(sources_[s], n, count)) return false;
+        continue;
+      }
+      for (int k = 0; k < (call_.dims == 3 ? 4 : 2); ++k) {  // the rows of the corners
+        const int64_t first = pixel + k % 2 * row[1] + k / 2 * row[2];
+        if (!ordinary(sources_[s], first, count + 1)) return false;
+      }
+    }
+    return true;
+  }
+  // Are all numbers of those points or pixels below 2^24 and, where they divide, 0 or at least
+  // 2^-20? Then products of all that meet in a kernel are finite.
+  static bool ordinary(const Source& source, int64_t first, int64_t count) {
+    const Layout& layout = source.layout;
+    const bool side_by_side = layout.channel_step == 1 && layout.step == layout.channels;
+    const bool divides = source.kind == kOfDivisors;
+    const int64_t parts = side_by_side ? 1 : layout.channels;
+    const int64_t length = side_by_side ? count * layout.channels : count;
+    for (int64_t c = 0; c < parts; ++c) {
+      const char* const from =
+          source.data + (first * layout.step + c * layout.channel_step) * size(source.dtype);
+      bool all;
+      if (source.dtype == ffi::F64) {
+        all = within<uint64_t>(from, length, divides ? 0x3ebull << 52 : 0, 0x417ull << 52);
+      } else if (source.dtype == ffi::F32) {
+        all = within<uint32_t>(from, length, divides ? 0x6bu << 23 : 0, 0x97u << 23);
+      } else {  // bfloat16 to 2^24, float16 to its largest
+        all = within<uint16_t>(from, length, 0, source.dtype == ffi::BF16 ? 0x4b80 : 0x7c00);
+      }
+      if (!all) return false;
+    }
+    return true;
+  }
+  // Are the magnitudes of numbers with these bits 0 or from `least` on, and below `end`? The
+  // highest bit of a difference says that it is negative.
+  template <class Bits>
+  JAXWARP_WIDE static bool within(const char* from, int64_t count, Bits least, Bits end) {
+    constexpr int kHighest = 8 * sizeof(Bits) - 1;
+    constexpr Bits kMagnitude = static_cast<Bits>(~(Bits(1) << kHighest));
+    const Bits last = static_cast<Bits>(end - 1);
+    Bits wrong = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      Bits bits;
+      memcpy(&bits, from + i * sizeof(Bits), sizeof(Bits));
+      bits &= kMagnitude;
+      wrong |= (last - bits) | ((bits - least) & ~(bits - 1));
+    }
+    return !(wrong >> kHighest);
+  }
+
+  const Call& call_;
+  const int64_t b_;
+  const bool none_;
+  int count_ = 0;
+  Source sources_[13];  // one for each operand above
+};
+
 // The loop, with body(n, stencil, rows, channels) for plain points and rest(n, stencil) for others.
 template <class Types, class Ch, class Cotangent, class Rest, class Body>
 JAXWARP_WIDE void for_plain_points(Tile<Types>& tile, const Points<Types>& points, int64_t n,
@@ -396,8 +617,15 @@ JAXWARP_WIDE void for_plain_points(Tile<Types>& tile, const Points<Types>& point
                                    Body body) {
   for (int64_t i = 0; i < count;) {
     // A run of plain points: without a call in it, what they share stays in registers.
-    const int64_t first = i, stop = i + tile.run(i);
-    for (; i < stop && i < count; ++i) body(n + i, tile.stencil(i), AllRows{}, channels);
+    const int64_t first = i, stop = std::min(i + tile.run(i), count);
+    if constexpr (Ch::kOnePack) {
+      Trails<Types, Ch> trails;
+      for (; i < stop; ++i) body(n + i, tile.stencil(i, &trails), AllRows{}, channels);
+      trails.flush(points.call.shape);
+    } else {
+      void* const no_trails = nullptr;
+      for (; i < stop; ++i) body(n + i, tile.stencil(i, no_trails), AllRows{}, channels);
+    }
     if constexpr (!std::is_same_v<Cotangent, NoCotangent>) {
       if (ct_points.data != nullptr)
         tile.emit_slopes(points.call.sampling, n + first, first, i - first, ct_points);
@@ -411,8 +639,8 @@ JAXWARP_WIDE void for_plain_points(Tile<Types>& tile, const Points<Types>& point
 
 // Calls body(n, stencil, rows, channels) for the points of tiles first .. last - 1 of batch element
 // b: all of them, but for some that touch none of `rows`. Of plain points, ct_points takes the
-// cotangents that the body leaves as pulls.
-template <class Types, class RowsT, class Cotangent, class Body>
+// cotangents that the body leaves as pulls. kCommon: see with_channels().
+template <class Types, bool kCommon, class RowsT, class Cotangent, class Body>
 void for_points(const Call& call, int64_t b, int64_t first, int64_t last, const RowsT& rows,
                 const Cotangent& ct_points, const Body& body) {
   constexpr int D = Types::kDims;
@@ -432,8 +660,13 @@ void for_points(const Call& call, int64_t b, int64_t first, int64_t last, const 
         int64_t n, count, pixel[D];
       } placed[2];  // one whose corners are on their way to the cache, and one that is worked on
       const Prefetcher prefetcher(call, b);
-      return with_channels<Types>(call, [&](const auto& channels) {
+      std::optional<Tame> tame;
+      return with_channels<Types, kCommon>(call, [&](const auto& channels) {
         const auto work = [&](auto& now) {
+          if (now.tile.level != 0) {
+            if (!tame) tame.emplace(call, b);
+            now.tile.plain |= tame->of(now.tile.level, now.tile.pixel, now.n);
+          }
           for_plain_points(now.tile, points, now.n, now.count, now.pixel, channels, ct_points,
                            visit, body);
         };
@@ -501,7 +734,7 @@ void row_ranges(const Call& call, int64_t b, int64_t first, int64_t last, Rows<i
     };
     tile.interior = 0;
     if constexpr (kPlainLoop<Types>) {
-      if (plain) tile.place(points, n, count, pixel, {0, call.shape.size[D - 1]});
+      if (plain) tile.template place<true>(points, n, count, pixel, {0, call.shape.size[D - 1]});
     }
     if (tile.interior + 1 == 0) {  // all bits
       const int32_t* const rows = tile.first[D - 1];
@@ -512,7 +745,14 @@ void row_ranges(const Call& call, int64_t b, int64_t first, int64_t last, Rows<i
       }
       add({low, high + Tile<Types>::Stencil::kAxisTaps});
     } else {
-      for (int64_t i = 0; i < count; ++i) add(row_range(tile.any_stencil(points, n + i, i, pixel)));
+      for (int64_t i = 0; i < count; ++i) {
+        if (tile.interior >> i & 1) {
+          const int64_t row = tile.first[D - 1][i];
+          add({row, row + Tile<Types>::Stencil::kAxisTaps});
+        } else {
+          add(row_range(points.stencil(n + i, i, pixel)));
+        }
+      }
     }
     *ranges++ = range;
   });

@@ -155,30 +155,23 @@ JAXWARP_HD float16 narrow<float16>(float v) {
 #endif
 #endif
 
-// V numbers that are computed with side by side, such as neighbouring channels: a vector of the
-// host's compiler, an array in a device's registers.
-template <class A, int V>
-struct Lanes {
 #if defined(__CUDACC__)
-  A lane[V];
+inline constexpr bool kHasVectors = false;
 #else
-  static constexpr int kRoom = V == 3 ? 4 : V;  // of the fourth, nobody asks
-  typedef A Vector __attribute__((vector_size(kRoom * sizeof(A))));
-  Vector lane;
+inline constexpr bool kHasVectors = true;
 #endif
 
+// V numbers that are computed with side by side, such as neighbouring channels: an array in
+// registers or, on the host and if there are several, a vector of its compiler.
+template <class A, int V, bool kVector = kHasVectors && (V > 1)>
+struct Lanes {
+  A lane[V];
+
   Lanes() = default;
-  JAXWARP_HD explicit Lanes(A all) {
-#if defined(__CUDACC__)
-    JAXWARP_UNROLL for (int i = 0; i < V; ++i) lane[i] = all;
-#else
-    lane = repeated(all, std::make_integer_sequence<int, kRoom>{});
-#endif
-  }
+  JAXWARP_HD explicit Lanes(A all) { JAXWARP_UNROLL for (int i = 0; i < V; ++i) lane[i] = all; }
   JAXWARP_HD explicit Lanes(const A (&each)[V]) {
     JAXWARP_UNROLL for (int i = 0; i < V; ++i) lane[i] = each[i];
   }
-#if defined(__CUDACC__)
   JAXWARP_HD Lanes& operator+=(const Lanes& other) {
     JAXWARP_UNROLL for (int i = 0; i < V; ++i) lane[i] += other.lane[i];
     return *this;
@@ -203,18 +196,20 @@ struct Lanes {
     JAXWARP_UNROLL for (int i = 0; i < V; ++i) x.lane[i] /= y.lane[i];
     return x;
   }
-#else
-  template <int... I>
-  static JAXWARP_HD Vector repeated(A all, std::integer_sequence<int, I...>) {
-#if defined(JAXWARP_SHUFFLE)  // GCC makes one instruction of it
-    if constexpr (sizeof(Vector) == 32) {
-      typedef A Half __attribute__((vector_size(16)));
-      constexpr int kHalf = kRoom / 2;
-      const Half half = Lanes<A, kHalf>(all).lane;
-      return JAXWARP_SHUFFLE(half, half, (I % kHalf)...);
-    }
-#endif
-    return Vector{(static_cast<void>(I), all)...};
+};
+
+#if !defined(__CUDACC__)
+template <class A, int V>
+struct Lanes<A, V, true> {
+  static constexpr int kRoom = V == 3 ? 4 : V;  // of the fourth, nobody asks
+  typedef A Vector __attribute__((vector_size(kRoom * sizeof(A))));
+  Vector lane;
+
+  Lanes() = default;
+  JAXWARP_HD explicit Lanes(A all)
+      : lane(repeated(all, std::make_integer_sequence<int, kRoom>{})) {}
+  JAXWARP_HD explicit Lanes(const A (&each)[V]) {
+    JAXWARP_UNROLL for (int i = 0; i < V; ++i) lane[i] = each[i];
   }
   JAXWARP_HD Lanes& operator+=(const Lanes& other) {
     lane += other.lane;
@@ -240,8 +235,22 @@ struct Lanes {
     x.lane /= y.lane;
     return x;
   }
+
+ private:
+  template <int... I>
+  static JAXWARP_HD Vector repeated(A all, std::integer_sequence<int, I...>) {
+#if defined(JAXWARP_SHUFFLE)  // GCC makes one instruction of it
+    if constexpr (sizeof(Vector) == 32) {
+      typedef A Half __attribute__((vector_size(16)));
+      constexpr int kHalf = kRoom / 2;
+      const Half half = Lanes<A, kHalf>(all).lane;
+      return JAXWARP_SHUFFLE(half, half, (I % kHalf)...);
+    }
 #endif
+    return Vector{(static_cast<void>(I), all)...};
+  }
 };
+#endif
 
 #if !defined(__CUDACC__)
 // sum[k] = (x[k][0] + x[k][2]) + (x[k][1] + x[k][3]) for K vectors at once; of three lanes, the
@@ -472,6 +481,8 @@ JAXWARP_HD Lanes<Accumulator<T>, V> load(const T* source) {
 #else
     v.lane = typename Lanes<T, 3>::Vector{source[0], source[1], source[2], 0};
 #endif
+  } else if constexpr (V == 1) {
+    v.lane[0] = *source;
   } else {
     constexpr int kRead = V == 3 ? 4 : V;
     v.lane = *reinterpret_cast<const typename Unaligned<T, kRead>::Vector*>(source);
@@ -494,6 +505,8 @@ JAXWARP_HD void store(T* target, const Lanes<Accumulator<T>, V>& v) {
 #endif
     *reinterpret_cast<Pair*>(target) = Pair{v.lane[0], v.lane[1]};
     target[2] = v.lane[2];
+  } else if constexpr (V == 1) {
+    *target = v.lane[0];
   } else {
     *reinterpret_cast<typename Unaligned<T, V>::Vector*>(target) = v.lane;
   }

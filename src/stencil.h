@@ -175,6 +175,7 @@ struct Stencil {
   using AxisWeights = Real[D][kAxisTaps];
 
   static constexpr bool kPlain = false;
+  static constexpr bool kTrails = false;
 
   Place place;
   bool interior;   // every corner lies inside
@@ -307,17 +308,20 @@ struct Stencil {
 };
 
 // A position all of whose corners lie inside, with a pixel behind each in its row, and weigh
-// something, with no derivative asked for: what most positions are. The caller has made sure of
-// that.
-template <Method M, int D, class Real, class Index>
+// something or meet only numbers of which a weight of zero makes zeros (see Tame), with no
+// derivative asked for: what most positions are. The caller has made sure of
+// that. TrailsT: see Trail; void where there are none.
+template <Method M, int D, class Real, class Index, class TrailsT = void>
 struct PlainStencil : Stencil<M, D, Real, Index> {
   using Base = Stencil<M, D, Real, Index>;
   using typename Base::AxisWeights;
   static constexpr bool kPlain = true;
+  static constexpr bool kTrails = !std::is_void_v<TrailsT>;
 
   Index pixel;                         // the first corner's place in a plane
   Real corner_weight[Base::kCorners];  // as weight() gives them
   Real* pull;                          // where the pulls of the corners are noted
+  TrailsT* trails;                     // what adds to the corners
   JAXWARP_HD PlainStencil() {
     Base::place = Place::kFinite;
     Base::interior = true;

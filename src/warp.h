@@ -192,7 +192,7 @@ struct Corners {
   using A = typename S::Real;
   Index offset[S::kCorners];  // -1: outside
   A weight[S::kCorners];
-  bool plain;  // all inside, no weight zero or nearly so: the loops need no test
+  bool plain;  // all inside, no weight zero or nearly so, or see Tame: the loops need no test
 
   JAXWARP_HD Corners(const S& at, const Index* stride, const typename S::AxisWeights& w) {
     if constexpr (S::kPlain) {
@@ -427,9 +427,14 @@ JAXWARP_HD void gather_vjp_point(const Sampling& sampling, const Shape<Index>& s
         Lanes<A, N> v(static_cast<A>(sampling.fill));
         if (plain || corner.offset[k] >= 0) v = load<N, S::kPlain>(image + place);
         dots.add(k, v, ct);
-        if (plain ? ct_image == nullptr : !adds[k]) return;
+        if (S::kTrails || (plain ? ct_image == nullptr : !adds[k])) return;
         add_to<N>(ct_image + place, corner.weight[k] * ct);
       });
+      if constexpr (S::kTrails) {
+        if (ct_image == nullptr) return;
+        at.trails->image.add(ct_image + corner.offset[0], shape.stride,
+                             [&](int k) JAXWARP_INLINE { return corner.weight[k] * ct; });
+      }
     });
     A pull[S::kCorners];
     dots.total(pull);
@@ -537,16 +542,26 @@ JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape,
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
       const Lanes<A, N> f = load<N>(values + c * shape.point_channel_stride);
-      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-        if ((!plain && !writes[k]) || (!I::kIsOne && scale[k] == 0)) return;
-        add_to<N>(image + corner.offset[k] + c * shape.channel_stride, scale[k] * f);
-      });
+      if constexpr (S::kTrails) {
+        static_assert(I::kIsOne);  // else a scale may be 0, and f infinite
+        at.trails->image.add(image + corner.offset[0], shape.stride,
+                             [&](int k) JAXWARP_INLINE { return scale[k] * f; });
+      } else {
+        for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+          if ((!plain && !writes[k]) || (!I::kIsOne && scale[k] == 0)) return;
+          add_to<N>(image + corner.offset[k] + c * shape.channel_stride, scale[k] * f);
+        });
+      }
     });
     if (coverage == nullptr || channels.first != 0) return;
+    if constexpr (S::kTrails) {
+      at.trails->coverage.add(coverage + at.plane_offset(0, shape.plane_stride), shape.plane_stride,
+                              [&](int k) JAXWARP_INLINE { return Lanes<A, 1>(corner.weight[k]); });
+    }
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
       if (!plain && !writes[k]) return;
       const Index j = at.plane_offset(k, shape.plane_stride);
-      add_to<1>(coverage + j, Lanes<A, 1>(corner.weight[k]));
+      if (!S::kTrails) add_to<1>(coverage + j, Lanes<A, 1>(corner.weight[k]));
       if (weight != nullptr) add_to<1>(weight + j, Lanes<A, 1>(scale[k]));
     });
   });

@@ -26,6 +26,9 @@ struct CpuKernels {
 namespace {
 
 constexpr int64_t kGrain = 16384;  // values a task handles at least, so that scheduling stays cheap
+// Blocks of points per thread: so few that a row's corners are mostly still in the cache of the
+// thread that read them for the row before.
+constexpr int64_t kBlocksPerThread = 16;
 constexpr int64_t kBandsPerThread = 4;  // bands of rows per thread: evens out uneven flows
 constexpr int64_t kBandRows = 16;       // rows of a band at least: few points touch two bands
 
@@ -73,7 +76,9 @@ void for_blocks(ffi::ThreadPool& pool, const Call& call, bool own_points, Body b
   const int64_t batches = call.batch.count;
   const int64_t width = (call.shape.channels + 2) * (own_points ? batches : 1);
   const int64_t values = std::max<int64_t>(width * std::min(tiles.row, Tiles::kPoints), 1);
-  const int64_t block = std::max<int64_t>(kGrain / values, 1);
+  const int64_t share = tiles.count * (own_points ? 1 : batches) /
+                        (std::max<int64_t>(pool.num_threads(), 1) * kBlocksPerThread);
+  const int64_t block = std::max({kGrain / values, std::min(share, tiles.count), int64_t(1)});
   const int64_t blocks = (tiles.count + block - 1) / block;
   parallel_for(pool, own_points ? blocks : blocks * batches, [&](int64_t task) {
     const int64_t first = task % blocks * block, last = std::min(first + block, tiles.count);
@@ -93,7 +98,7 @@ void gather(ffi::ThreadPool& pool, const Call& call) {
       const auto image = at<const T>(call, call.image, b);
       const auto importances = importances_of<Accumulator<T>, kind>(call, b);
       const auto out = at<T>(call, call.values, b);
-      for_points<Types>(
+      for_points<Types, kind == Importances::kOne>(
           call, b, first, last, AllRows{}, NoCotangent{},
           [=, &call](int64_t n, const auto& stencil, const auto&, const auto& channels)
               JAXWARP_INLINE {
@@ -115,13 +120,14 @@ void gather_tangent(ffi::ThreadPool& pool, const Call& call) {
       const auto importances = importances_of<A, kind>(call, b);
       const auto d_points = point_tangents_of<Types::kDims, A>(call, b);
       const auto d_out = at<T>(call, call.d_values, b);
-      for_points<Types>(call, b, first, last, AllRows{}, NoCotangent{},
-                        [=, &call](int64_t n, const auto& stencil, const auto&,
-                                   const auto& channels) JAXWARP_INLINE {
-                          gather_tangent_point<kPack<T>>(
-                              call.sampling, call.shape, stencil, image, importances.of(n), d_image,
-                              d_points.of(n), d_out + n * call.shape.point_stride, channels);
-                        });
+      for_points<Types, false>(
+          call, b, first, last, AllRows{}, NoCotangent{},
+          [=, &call](int64_t n, const auto& stencil, const auto&, const auto& channels)
+              JAXWARP_INLINE {
+                gather_tangent_point<kPack<T>>(call.sampling, call.shape, stencil, image,
+                                               importances.of(n), d_image, d_points.of(n),
+                                               d_out + n * call.shape.point_stride, channels);
+              });
     });
   });
 }
@@ -131,7 +137,7 @@ void gather_tangent(ffi::ThreadPool& pool, const Call& call) {
 // element that goes there, and body(n, stencil, rows, channels, home) for every point that touches
 // the band or is at home in it. One task owns a band and visits its points in order: sums do not
 // depend on the bands.
-template <class Types, class Work>
+template <class Types, bool kCommon, class Work>
 void for_bands(ffi::ThreadPool& pool, const Call& call, const Operand& image, Work work) {
   constexpr int kLast = Types::kDims - 1;
   const int64_t points = call.shape.points, batches = call.batch.count,
@@ -184,7 +190,7 @@ void for_bands(ffi::ThreadPool& pool, const Call& call, const Operand& image, Wo
         for (int64_t first = 0, last; first < tiles; first = last) {
           for (last = first + 1; last < tiles && apart(first) == apart(last);) ++last;
           if (apart(first)) continue;
-          for_points<Types>(
+          for_points<Types, kCommon>(
               call, b, first, last, mine, ct_points,
               [=](int64_t n, const auto& stencil, const auto& rows, const auto& channels)
                   JAXWARP_INLINE {
@@ -265,42 +271,43 @@ void gather_vjp(ffi::ThreadPool& pool, const Call& call) {
     fill_zero_if_summed<A>(pool, call.ct_points, call.ct_points.count);
     for_blocks(pool, call, call.ct_points.summed, [&](int64_t b, int64_t first, int64_t last) {
       const auto visit = visitor(b);
-      for_points<Types>(call, b, first, last, AllRows{}, cotangent(b),
-                        [=](int64_t n, const auto& stencil, const auto& rows, const auto& channels)
-                            JAXWARP_INLINE { visit(n, stencil, nullptr, rows, channels); });
+      for_points<Types, true>(
+          call, b, first, last, AllRows{}, cotangent(b),
+          [=](int64_t n, const auto& stencil, const auto& rows, const auto& channels)
+              JAXWARP_INLINE { visit(n, stencil, nullptr, rows, channels); });
     });
   }
   if (call.ct_image.data == nullptr) return;
   if (call.batch.count == 0) fill_zero_if_summed<A>(pool, call.ct_image, call.ct_image.count);
-  for_bands<Types>(pool, call, call.ct_image,
-                   [&](int64_t first, const auto& rows, const auto& for_sources) {
-                     fill_rows<D>(call, call.ct_image, first, rows, false, A(0));
-                     const auto image_alone = [&](int64_t b) {
-                       const auto ct_image = at<A>(call, call.ct_image, b);
-                       const auto ct_values = at<const T>(call, call.ct_values, b);
-                       return [=, &call](int64_t n, const auto& stencil, const auto& rows,
-                                         const auto& channels, bool) JAXWARP_INLINE {
-                         A* const no_plane = nullptr;
-                         splat_point<kPack<T>>(call.sampling, call.shape, stencil,
-                                               ct_values + n * call.shape.point_stride,
-                                               Importance<A, Importances::kOne>{1, nullptr},
-                                               ct_image, no_plane, no_plane, rows, channels);
-                       };
-                     };
-                     if (apart) return for_sources(image_alone);
-                     for_sources(
-                         [&](int64_t b) {
-                           const auto visit = visitor(b);
-                           const auto splat = image_alone(b);
-                           const auto ct_image = at<A>(call, call.ct_image, b);
-                           return [=](int64_t n, const auto& stencil, const auto& rows,
-                                      const auto& channels, bool home) JAXWARP_INLINE {
-                             if (home) return visit(n, stencil, ct_image, rows, channels);
-                             splat(n, stencil, rows, channels, home);
+  for_bands<Types, true>(pool, call, call.ct_image,
+                         [&](int64_t first, const auto& rows, const auto& for_sources) {
+                           fill_rows<D>(call, call.ct_image, first, rows, false, A(0));
+                           const auto image_alone = [&](int64_t b) {
+                             const auto ct_image = at<A>(call, call.ct_image, b);
+                             const auto ct_values = at<const T>(call, call.ct_values, b);
+                             return [=, &call](int64_t n, const auto& stencil, const auto& rows,
+                                               const auto& channels, bool) JAXWARP_INLINE {
+                               A* const no_plane = nullptr;
+                               splat_point<kPack<T>>(call.sampling, call.shape, stencil,
+                                                     ct_values + n * call.shape.point_stride,
+                                                     Importance<A, Importances::kOne>{1, nullptr},
+                                                     ct_image, no_plane, no_plane, rows, channels);
+                             };
                            };
-                         },
-                         cotangent);
-                   });
+                           if (apart) return for_sources(image_alone);
+                           for_sources(
+                               [&](int64_t b) {
+                                 const auto visit = visitor(b);
+                                 const auto splat = image_alone(b);
+                                 const auto ct_image = at<A>(call, call.ct_image, b);
+                                 return [=](int64_t n, const auto& stencil, const auto& rows,
+                                            const auto& channels, bool home) JAXWARP_INLINE {
+                                   if (home) return visit(n, stencil, ct_image, rows, channels);
+                                   splat(n, stencil, rows, channels, home);
+                                 };
+                               },
+                               cotangent);
+                         });
 }
 
 template <class Types>
@@ -316,17 +323,17 @@ void gather_vjp_tangent(ffi::ThreadPool& pool, const Call& call) {
     const T* d_ct_values = at<const T>(call, call.d_ct_values, b);
     const auto d_points = point_tangents_of<D, A>(call, b);
     const PointCotangent<A> target = {at<A>(call, call.d_ct_points, b), call.d_ct_points.summed};
-    for_points<Types>(call, b, first, last, AllRows{}, NoCotangent{},
-                      [=, &call](int64_t n, const auto& stencil, const auto&, const auto& channels)
-                          JAXWARP_INLINE {
-                            const int64_t first = n * call.shape.point_stride;
-                            A d_ct[D] = {};
-                            gather_vjp_tangent_point<kPack<T>>(
-                                call.sampling, call.shape, stencil, image, ct_values + first,
-                                d_image, d_ct_values == nullptr ? nullptr : d_ct_values + first,
-                                d_points.of(n), d_ct, channels);
-                            target.template emit<D>(n * D, Lanes<A, D>(d_ct));
-                          });
+    for_points<Types, false>(call, b, first, last, AllRows{}, NoCotangent{},
+                             [=, &call](int64_t n, const auto& stencil, const auto&,
+                                        const auto& channels) JAXWARP_INLINE {
+                               const int64_t first = n * call.shape.point_stride;
+                               A d_ct[D] = {};
+                               gather_vjp_tangent_point<kPack<T>>(
+                                   call.sampling, call.shape, stencil, image, ct_values + first,
+                                   d_image, d_ct_values == nullptr ? nullptr : d_ct_values + first,
+                                   d_points.of(n), d_ct, channels);
+                               target.template emit<D>(n * D, Lanes<A, D>(d_ct));
+                             });
   });
 }
 
@@ -342,7 +349,7 @@ void splat(ffi::ThreadPool& pool, const Call& call) {
     A* image = at<A>(call, call.image, b);
     const A* coverage = at<const A>(call, call.coverage, b);
     const A* weight = call.weight.data == nullptr ? coverage : at<const A>(call, call.weight, b);
-    with_channels<Types>(call, [&](const auto& channels) {
+    with_channels<Types, true>(call, [&](const auto& channels) {
       for (int64_t j = rows.begin * plane_row; j < rows.end * plane_row; ++j) {
         normalise_pixel<kPack<T>>(call.shape, image + j * call.shape.stride[0], coverage[j],
                                   weight[j], min_coverage, fill, channels);
@@ -355,7 +362,7 @@ void splat(ffi::ThreadPool& pool, const Call& call) {
     }
   }
   dispatch_importances<true>(call, [&](auto kind) {
-    for_bands<Types>(
+    for_bands<Types, kind == Importances::kOne>(
         pool, call, call.image, [&](int64_t first, const auto& band, const auto& for_sources) {
           fill_rows<D>(call, call.image, first, band, false, A(0));
           fill_rows<D>(call, call.coverage, first, band, true, A(0));
@@ -400,7 +407,7 @@ void splat_tangent(ffi::ThreadPool& pool, const Call& call) {
     }
   }
   dispatch_reduce<Types>(call, [&](auto reduce) {
-    for_bands<Types>(
+    for_bands<Types, false>(
         pool, call, call.d_image, [&](int64_t first, const auto& rows, const auto& for_sources) {
           fill_rows<D>(call, call.d_image, first, rows, false, A(0));
           fill_rows<D>(call, call.d_coverage, first, rows, true, A(0));
@@ -450,7 +457,7 @@ void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
       const PointCotangent<A> ct_points = {at<A>(call, call.ct_points, b), call.ct_points.summed};
       const PointCotangent<A> ct_importance = {at<A>(call, call.ct_importance, b),
                                                call.ct_importance.summed};
-      for_points<Types>(
+      for_points<Types, kind == Importances::kOne>(
           call, b, first, last, AllRows{}, ct_points,
           [=, &call](int64_t n, const auto& stencil, const auto&, const auto& channels)
               JAXWARP_INLINE {

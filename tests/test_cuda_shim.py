@@ -5,6 +5,7 @@ Index arithmetic, vector paths and tails run as on a GPU; the order of threads d
 
 import importlib
 import os
+from functools import partial
 
 import cases
 import jax
@@ -112,6 +113,56 @@ def test_second_order(monkeypatch, case, dtype):
     function = value_and_tangent(value_and_cotangents(case.function(jaxwarp)))
     actual, expected = on_both(monkeypatch, function, *arrays)
     cases.assert_close(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels"),
+    [*(("float32", c) for c in (1, 2, 3, 4, 7)), *((d, 3) for d in cases.DTYPES if d != "float32")],
+)
+@pytest.mark.parametrize("wild", [np.nan, np.inf, 3e7, 1e-30])
+@pytest.mark.parametrize("shape", [(24, 70), (5, 6, 23)], ids=["2d", "3d"])
+def test_whole_displacements(monkeypatch, shape, wild, dtype, channels):
+    """On the CPU, points on grid lines, as in a flow of zeros, are plain ones, unless a number that
+    they meet is not finite or is large, or divides and is small: of it, a weight of zero must leave
+    nothing. On a GPU each weight is tested."""
+    shape = (2, *shape)
+    rng = np.random.default_rng(0)
+    wide = "float64" if dtype == "float64" else "float32"
+    flow = rng.integers(-3, 4, (*shape, len(shape) - 1)).astype(wide)
+    flow[:, :3] = 0
+    flow[rng.random(shape) < 0.3, 0] += 0.5  # on lines in one direction only
+
+    def spoilt(*sizes, dtype=dtype):
+        array = rng.standard_normal(sizes)
+        with np.errstate(over="ignore"):  # 3e7 in float16
+            return np.where(rng.random(sizes) < 0.01, wild, array).astype(dtype)
+
+    image, ct, d_image, d_ct = (spoilt(*shape, channels) for _ in range(4))
+    importance = np.abs(spoilt(*shape, dtype=wide))
+
+    def results(image, flow, importance, ct):
+        found = []
+        d_flow = jnp.full_like(flow, 0.5)
+
+        def gradients(function, *arrays):
+            return jax.vjp(partial(function, forward_mode=True), *arrays[:-1])[1](arrays[-1])
+
+        for function in (jaxwarp.backward_warp, jaxwarp.forward_warp):
+            out, vjp = jax.vjp(function, image, flow)
+            moved = (image, flow, ct), (d_image, d_flow, d_ct)
+            found += [out, vjp(ct), jax.jvp(partial(gradients, function), *moved)[1][1]]
+            warp = partial(function, forward_mode=True)
+            found += jax.jvp(warp, (image, flow), (d_image, d_flow))
+        weighted = partial(jaxwarp.forward_warp, return_coverage=True)
+        out, vjp = jax.vjp(lambda *a: weighted(*a[:2], importance=a[2]), image, flow, importance)
+        return [*found, out, vjp((ct, ct[..., 0].astype(wide)))]
+
+    actual, expected = on_both(monkeypatch, results, image, flow, importance, ct)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.float64(a), np.float64(e)
+        size = np.abs(e[np.isfinite(e)]).max() + 1
+        tolerance = 2 * TOLERANCE[dtype]
+        np.testing.assert_allclose(a, e, rtol=tolerance, atol=tolerance * size)
 
 
 @pytest.mark.parametrize("in_axes", [(None, 0), (0, None), (0, 0)], ids=str)
