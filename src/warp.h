@@ -543,9 +543,9 @@ JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape,
       constexpr int N = decltype(width)::value;
       const Lanes<A, N> f = load<N>(values + c * shape.point_channel_stride);
       if constexpr (S::kTrails) {
-        static_assert(I::kIsOne);  // else a scale may be 0, and f infinite
-        at.trails->image.add(image + corner.offset[0], shape.stride,
-                             [&](int k) JAXWARP_INLINE { return scale[k] * f; });
+        at.trails->image.add(image + corner.offset[0], shape.stride, [&](int k) JAXWARP_INLINE {
+          return I::kIsOne || scale[k] != 0 ? scale[k] * f : Lanes<A, N>(A(0));
+        });
       } else {
         for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
           if ((!plain && !writes[k]) || (!I::kIsOne && scale[k] == 0)) return;

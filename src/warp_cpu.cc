@@ -362,7 +362,7 @@ void splat(ffi::ThreadPool& pool, const Call& call) {
     }
   }
   dispatch_importances<true>(call, [&](auto kind) {
-    for_bands<Types, kind == Importances::kOne>(
+    for_bands<Types, kind != Importances::kAny>(
         pool, call, call.image, [&](int64_t first, const auto& band, const auto& for_sources) {
           fill_rows<D>(call, call.image, first, band, false, A(0));
           fill_rows<D>(call, call.coverage, first, band, true, A(0));
@@ -457,7 +457,7 @@ void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
       const PointCotangent<A> ct_points = {at<A>(call, call.ct_points, b), call.ct_points.summed};
       const PointCotangent<A> ct_importance = {at<A>(call, call.ct_importance, b),
                                                call.ct_importance.summed};
-      for_points<Types, kind == Importances::kOne>(
+      for_points<Types, true>(
           call, b, first, last, AllRows{}, ct_points,
           [=, &call](int64_t n, const auto& stencil, const auto&, const auto& channels)
               JAXWARP_INLINE {
