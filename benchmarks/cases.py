@@ -158,15 +158,18 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
         array -= shift
         return array.astype(case.numpy_dtype, copy=False)
 
-    if case.motion == "random":
+    if case.motion == "zero":
+        flow = np.zeros(case.flow, real)
+    elif case.motion == "random":
         flow = rng.random(case.flow, dtype=real) * 128 - 64
     else:
         axes = np.ogrid[tuple(slice(n) for n in case.spatial)]
         phase = sum(axis / n for axis, n in zip(axes, case.spatial, strict=True))
         planes = [8 * np.sin(2 * np.pi * (phase + k / 3)) for k in range(case.flow[-1])]
         flow = np.broadcast_to(np.stack(planes, -1).astype(real), case.flow)
-    flow = (2 * np.floor(flow * 16) + 1) / real(32)
-    arrays = {"image": values(case.image), "flow": flow * (case.motion != "zero")}
+    if case.motion != "zero":
+        flow = (2 * np.floor(flow * 16) + 1) / real(32)
+    arrays = {"image": values(case.image), "flow": flow}
     if case.operation == "forward_softmax":
         arrays["importance"] = rng.random(case.flow[:-1], dtype=real) * 4
     if "gradient" in case.order:

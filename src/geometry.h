@@ -28,6 +28,8 @@ struct Operand {
   bool summed = false;    // an output with stride 0 along an axis that others have: the sum over it
 };
 
+inline int64_t size_of(ffi::DataType dtype) { return static_cast<int64_t>(ffi::ByteWidth(dtype)); }
+
 struct Batch {
   int rank = 0;
   int64_t size[kMaxBatch] = {};

@@ -43,16 +43,16 @@ void with_channels(const Call& call, const Body& body) {
   using T = typename Types::Value;
   constexpr bool kMany = Types::kDims == 2 && std::is_same_v<T, float>;
   const auto channels = all_channels<T>(call);
+  if (!kCommon || !channels.contiguous) return body(channels);
   if constexpr (kCommon) {
-    if (!channels.contiguous) return body(channels);
     if (channels.count == 1) return body(FixedChannels<int64_t, 1>{});
-    if constexpr (Types::kDims == 2) {
-      if (channels.count == 3) return body(FixedChannels<int64_t, 3>{});
-    }
-    if constexpr (kMany) {
-      if (channels.count == 2) return body(FixedChannels<int64_t, 2>{});
-      if (channels.count == 4) return body(FixedChannels<int64_t, 4>{});
-    }
+  }
+  if constexpr (kCommon && Types::kDims == 2) {
+    if (channels.count == 3) return body(FixedChannels<int64_t, 3>{});
+  }
+  if constexpr (kCommon && kMany) {
+    if (channels.count == 2) return body(FixedChannels<int64_t, 2>{});
+    if (channels.count == 4) return body(FixedChannels<int64_t, 4>{});
   }
   body(channels);
 }
@@ -73,25 +73,31 @@ struct Tiles {
   }
 };
 
+// Are the plain points worth a loop of their own?
+template <class Types>
+constexpr bool kPlainLoop = Types::kMethod == Method::kLinear;
+
 // The points of one batch element.
 template <class Types>
 struct Points {
   static constexpr int D = Types::kDims;
   using Real = Accumulator<typename Types::Value>;
+  using AnyStencil =
+      std::conditional_t<kPlainLoop<Types>, OtherStencil<Types::kMethod, D, Real, int64_t>,
+                         Stencil<Types::kMethod, D, Real, int64_t>>;
   const Call& call;
   const void* data;
   Real end[D];  // a plain position lies below it, see PlainStencil
 
   Points(const Call& call, int64_t b) : call(call), data(call.points.data) {
     const int64_t offset = call.batch.offset(b, call.points.stride);
-    data = static_cast<const char*>(data) + offset * size();
+    data = static_cast<const char*>(data) + offset * size_of(call.points.dtype);
     const bool reads_on = call.shape.channels % 4 == 3;
     for (int a = 0; a < D; ++a) {
       end[a] = static_cast<Real>(call.shape.size[a] - (a == 0 && reads_on ? 2 : 1));
     }
   }
-  bool half() const { return call.points.dtype == ffi::F16 || call.points.dtype == ffi::BF16; }
-  int64_t size() const { return half() ? 2 : sizeof(Real); }
+  bool half() const { return size_of(call.points.dtype) == 2; }
   // Where the displacement of point n starts: its pixel in the grid; 0 for coordinates.
   void start(int64_t n, int64_t (&pixel)[D]) const {
     for (int a = 0; a < D; ++a) {
@@ -111,8 +117,8 @@ struct Points {
     copy(static_cast<const Real*>(data));
   }
   // Of point n, the i-th of a tile that starts at `pixel`.
-  __attribute__((noinline)) Stencil<Types::kMethod, D, Real, int64_t> stencil(
-      int64_t n, int64_t i, const int64_t (&pixel)[D]) const {
+  __attribute__((noinline)) AnyStencil stencil(int64_t n, int64_t i,
+                                               const int64_t (&pixel)[D]) const {
     Real p[D];
     read(n, 1, p);
     for (int a = 0; a < D; ++a) {
@@ -196,7 +202,7 @@ struct Tile {
   using Ints = Lanes<int32_t, kLanes>;
   using Places = Lanes<uint32_t, kLanes>;  // of points outside they wrap around
   using Stencil = PlainStencil<Types::kMethod, D, Real, int64_t>;
-  using AnyStencil = typename Stencil::Base;
+  using AnyStencil = typename Points<Types>::AnyStencil;
   static constexpr int kCorners = Stencil::kCorners;
 
   alignas(32) Real t[D][kPoints + kLanes];  // room for whole vectors from any point on
@@ -412,10 +418,7 @@ struct Tile {
   }
 };
 
-template <class Types>
-constexpr bool kPlainLoop = Types::kMethod == Method::kLinear;
-
-// Are the plain points worth a loop of their own, and do positions fit the types in Tile?
+// Have the plain points a loop of their own, and do positions fit the types in Tile?
 template <class Types>
 bool has_plain_loop(const Call& call) {
   using Real = Accumulator<typename Types::Value>;
@@ -464,7 +467,7 @@ class Prefetcher {
     const Shape<int64_t>& shape = call.shape;
     for (const Operand* image : {&call.image, &call.ct_image, &call.d_image}) {
       if (image->data == nullptr) continue;
-      const int64_t size = image->dtype == ffi::F64 ? 8 : image->dtype == ffi::F32 ? 4 : 2;
+      const int64_t size = size_of(image->dtype);
       const int64_t row = shape.stride[1] + (call.dims == 3 ? shape.stride[2] : 0);
       const int64_t offset = (call.batch.offset(b, image->stride) + row) * size;
       start_[count_++] = {reinterpret_cast<uintptr_t>(image->data) + static_cast<uintptr_t>(offset),
@@ -540,12 +543,9 @@ class Tame {
 
   void add(const Operand& operand, Kind kind, Layout layout) {
     if (operand.data == nullptr || operand.output) return;
-    const int64_t offset = call_.batch.offset(b_, operand.stride) * size(operand.dtype);
+    const int64_t offset = call_.batch.offset(b_, operand.stride) * size_of(operand.dtype);
     sources_[count_++] = {kind, layout, operand.dtype,
                           static_cast<const char*>(operand.data) + offset};
-  }
-  static int64_t size(ffi::DataType dtype) {
-    return dtype == ffi::F64 ? 8 : dtype == ffi::F32 ? 4 : 2;
   }
 
   bool are_tame(int64_t n, int64_t pixel, int64_t count) const {
@@ -572,7 +572,7 @@ class Tame {
     const int64_t length = side_by_side ? count * layout.channels : count;
     for (int64_t c = 0; c < parts; ++c) {
       const char* const from =
-          source.data + (first * layout.step + c * layout.channel_step) * size(source.dtype);
+          source.data + (first * layout.step + c * layout.channel_step) * size_of(source.dtype);
       bool all;
       if (source.dtype == ffi::F64) {
         all = within<uint64_t>(from, length, divides ? 0x3ebull << 52 : 0, 0x417ull << 52);
@@ -645,11 +645,9 @@ void for_points(const Call& call, int64_t b, int64_t first, int64_t last, const 
                 const Cotangent& ct_points, const Body& body) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
-  using Real = Accumulator<T>;
   const Points<Types> points(call, b);
   const auto any_channels = all_channels<T>(call);  // their number is not a constant
-  using AnyStencil = Stencil<Types::kMethod, D, Real, int64_t>;
-  const auto visit = [&](int64_t n, const AnyStencil& stencil)
+  const auto visit = [&](int64_t n, const typename Points<Types>::AnyStencil& stencil)
                          __attribute__((noinline)) { body(n, stencil, rows, any_channels); };
   if constexpr (kPlainLoop<Types>) {
     if (has_plain_loop<Types>(call)) {

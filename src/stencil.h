@@ -175,6 +175,7 @@ struct Stencil {
   using AxisWeights = Real[D][kAxisTaps];
 
   static constexpr bool kPlain = false;
+  static constexpr bool kNeverPlain = false;
   static constexpr bool kTrails = false;
 
   Place place;
@@ -305,6 +306,14 @@ struct Stencil {
       axis_weights<M>(t[a], sampling.order[a] + more, static_cast<Real>(sampling.cubic_a), w[a]);
     }
   }
+};
+
+// A position that is not treated as a plain one, even if it is: for a caller that has a loop of its
+// own for those, see below, so that the compiler has half as much to do.
+template <Method M, int D, class Real, class Index>
+struct OtherStencil : Stencil<M, D, Real, Index> {
+  static constexpr bool kNeverPlain = true;
+  using Stencil<M, D, Real, Index>::Stencil;
 };
 
 // A position all of whose corners lie inside, with a pixel behind each in its row, and weigh

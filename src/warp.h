@@ -36,32 +36,27 @@ struct Channels {
   Index first, step, count;
   bool contiguous;
 
+  // Each width is compiled anew, so there are few: two channels are taken one by one.
   template <int V, class Body>
   JAXWARP_HD void for_packs(Body body) const {
     Index c = first;
-    if constexpr (V > 1 && !kWholePacks) {
-      if (!contiguous) {
-        for (; c < count; ++c) body(c, Width<1>{});
-        return;
-      }
-    }
-    for (; c + V <= count; c += step) body(c, Width<V>{});
-    if constexpr (V > 1 && !kWholePacks) {
+    if constexpr (V == 1 || kWholePacks) {
+      for (; c + V <= count; c += step) body(c, Width<V>{});
+    } else {
       static_assert(V <= 8);
-      if constexpr (V > 4) {
-        if (count - c >= 4) {
-          body(c, Width<4>{});
-          c += 4;
+      if (contiguous) {
+        for (; c + V <= count; c += step) body(c, Width<V>{});
+        if constexpr (V > 4) {
+          if (count - c >= 4) {
+            body(c, Width<4>{});
+            c += 4;
+          }
+        }
+        if constexpr (V > 3) {
+          if (count - c == 3) return body(c, Width<3>{});
         }
       }
-      const Index rest = count - c;
-      if (rest == 1) body(c, Width<1>{});
-      if constexpr (V > 2) {
-        if (rest == 2) body(c, Width<2>{});
-      }
-      if constexpr (V > 3) {
-        if (rest == 3) body(c, Width<3>{});
-      }
+      for (; c < count; ++c) body(c, Width<1>{});
     }
   }
 };
@@ -229,10 +224,12 @@ struct Corners {
 };
 
 // Runs body(std::true_type) where a fast loop without tests will do, else body(std::false_type).
-// kAlways: the compiler may know that it will.
-template <bool kAlways, class Body>
+// kAlways: it will do for all plain positions.
+template <class S, bool kAlways, class Body>
 JAXWARP_HD void choose(bool plain, Body body) {
-  if constexpr (kAlways) {
+  if constexpr (S::kNeverPlain) {
+    body(std::false_type{});
+  } else if constexpr (S::kPlain && kAlways) {
     body(std::true_type{});
   } else if (plain) {
     body(std::true_type{});
@@ -311,7 +308,7 @@ JAXWARP_HD void gather_point(const Sampling& sampling, const Shape<Index>& shape
       }
     });
   }
-  choose<S::kPlain && !I::kMayPeak>(corner.plain, [&](auto plain) JAXWARP_INLINE {
+  choose<S, !I::kMayPeak>(corner.plain, [&](auto plain) JAXWARP_INLINE {
     const bool beyond = !plain && !corner.any_inside();
     A fill = static_cast<A>(sampling.fill);
     if (beyond) {
@@ -365,28 +362,27 @@ JAXWARP_HD void gather_tangent_point(const Sampling& sampling, const Shape<Index
     }
     any_change = any_change || change[k] != 0;
   });
-  choose<S::kPlain && !I::kMayPeak>(
-      corner.plain && !importance.peaks(), [&](auto plain) JAXWARP_INLINE {
-        const bool beyond = !plain && !corner.any_inside();
-        const A fill = beyond ? value_outside<A>(sampling, at.place, true, any_change)
-                              : static_cast<A>(sampling.fill);
-        channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
-          constexpr int N = decltype(width)::value;
-          Lanes<A, N> sum(beyond ? fill : A(0));
-          for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-            if (!plain && beyond) return;
-            const bool inside = plain || corner.offset[k] >= 0;
-            const Index place = corner.offset[k] + c * shape.channel_stride;
-            if (change[k] != 0) {
-              sum += change[k] * (inside ? load<N, S::kPlain>(image + place) : Lanes<A, N>(fill));
-            }
-            if (d_image != nullptr && inside && (plain || corner.weight[k] != 0)) {
-              sum += corner.weight[k] * load<N, S::kPlain>(d_image + place);
-            }
-          });
-          store<N>(d_out + c * shape.point_channel_stride, sum);
-        });
+  choose<S, !I::kMayPeak>(corner.plain && !importance.peaks(), [&](auto plain) JAXWARP_INLINE {
+    const bool beyond = !plain && !corner.any_inside();
+    const A fill = beyond ? value_outside<A>(sampling, at.place, true, any_change)
+                          : static_cast<A>(sampling.fill);
+    channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
+      constexpr int N = decltype(width)::value;
+      Lanes<A, N> sum(beyond ? fill : A(0));
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        if (!plain && beyond) return;
+        const bool inside = plain || corner.offset[k] >= 0;
+        const Index place = corner.offset[k] + c * shape.channel_stride;
+        if (change[k] != 0) {
+          sum += change[k] * (inside ? load<N, S::kPlain>(image + place) : Lanes<A, N>(fill));
+        }
+        if (d_image != nullptr && inside && (plain || corner.weight[k] != 0)) {
+          sum += corner.weight[k] * load<N, S::kPlain>(d_image + place);
+        }
       });
+      store<N>(d_out + c * shape.point_channel_stride, sum);
+    });
+  });
 }
 
 // (2)  ct_points = sum_j (I(j) . ct_out) dg(p, j)/dp  is added to `ct_points`;
@@ -402,7 +398,7 @@ JAXWARP_HD void gather_vjp_point(const Sampling& sampling, const Shape<Index>& s
   at.weights(sampling, w);
   at.slopes(sampling, dw);
   const Corners<S> corner(at, shape.stride, w);
-  choose<S::kPlain>(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
+  choose<S, true>(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
     if (!plain && !corner.any_inside()) {
       if (channels.count == 0) return;  // an empty sum is 0, even of NaN
       JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
@@ -462,7 +458,7 @@ JAXWARP_HD void gather_vjp_tangent_point(const Sampling& sampling, const Shape<I
   const Corners<S> corner(at, shape.stride, w);
   Dots<A, Ch::template kWidest<V>, S::kCorners, Ch::kOnePack> dots;  // I(j) . ct_out
   Dots<A, Ch::template kWidest<V>, S::kCorners> d_dots;  // dI(j) . ct_out + I(j) . d_ct_out
-  choose<S::kPlain>(corner.plain, [&](auto plain) JAXWARP_INLINE {
+  choose<S, true>(corner.plain, [&](auto plain) JAXWARP_INLINE {
     if (!plain && !corner.any_inside()) {
       if (channels.count == 0) return;  // an empty sum is 0, even of NaN
       JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
@@ -528,7 +524,7 @@ JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape,
   typename S::AxisWeights w;
   at.weights(sampling, w);
   const Corners<S> corner(at, shape.stride, w);
-  choose<S::kPlain>(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
+  choose<S, true>(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
     A scale[S::kCorners];
     bool writes[S::kCorners];
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
@@ -648,7 +644,7 @@ JAXWARP_HD void splat_tangent_point(const Sampling& sampling, const Shape<Index>
     change[k] = (weight * dg + d_weight * corner.weight[k]) / divisor;
     plain = plain && writes[k];
   });
-  choose<false>(plain, [&](auto plain) JAXWARP_INLINE {
+  choose<S, false>(plain, [&](auto plain) JAXWARP_INLINE {
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
       const Lanes<A, N> f = load<N>(values + c * shape.point_channel_stride);
@@ -731,7 +727,7 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
   A share[K], inverse[K];  // w g(p, j) / D(j), 1 / D(j)
   divide_corners<kDivides, I::kIsOne>(weight, corner.weight, divisor, share, inverse);
 
-  choose<false>(plain, [&](auto plain) JAXWARP_INLINE {
+  choose<S, false>(plain, [&](auto plain) JAXWARP_INLINE {
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
       const Lanes<A, N> f = load<N>(values + c * shape.point_channel_stride);
