@@ -466,30 +466,40 @@ class Prefetcher {
   Prefetcher(const Call& call, int64_t b) {
     const Shape<int64_t>& shape = call.shape;
     for (const Operand* image : {&call.image, &call.ct_image, &call.d_image}) {
-      if (image->data == nullptr) continue;
-      const int64_t size = size_of(image->dtype);
-      const int64_t row = shape.stride[1] + (call.dims == 3 ? shape.stride[2] : 0);
-      const int64_t offset = (call.batch.offset(b, image->stride) + row) * size;
-      start_[count_++] = {reinterpret_cast<uintptr_t>(image->data) + static_cast<uintptr_t>(offset),
-                          static_cast<uintptr_t>(shape.stride[0] * size)};
-      step_ = std::max<int64_t>(48 / std::max<int64_t>(shape.stride[0] * size, 1), 1);
+      add(call, *image, b, shape.stride);
     }
+    add(call, call.coverage, b, shape.plane_stride);
   }
   void fetch(const uint32_t* pixel, int64_t count) const {
     for (int k = 0; k < count_; ++k) {
-      for (int64_t i = 0; i < count; i += step_) {
+      const Source& source = sources_[k];
+      for (int64_t i = 0; i < count; i += source.step) {
         // The pixel of a point that is not inside means nothing, and fetching there does no harm.
-        const uintptr_t place =
-            start_[k].first + static_cast<uintptr_t>(pixel[i]) * start_[k].second;
+        const uintptr_t place = source.start + static_cast<uintptr_t>(pixel[i]) * source.stride;
         __builtin_prefetch(reinterpret_cast<const void*>(place));
       }
     }
   }
 
  private:
+  struct Source {
+    uintptr_t start, stride;  // the last corner of pixel 0, and bytes per pixel
+    int64_t step;             // points per cache line
+  };
+
+  void add(const Call& call, const Operand& operand, int64_t b, const int64_t* stride) {
+    if (operand.data == nullptr) return;
+    const int64_t size = size_of(operand.dtype);
+    const int64_t row = stride[1] + (call.dims == 3 ? stride[2] : 0);
+    const int64_t offset = (call.batch.offset(b, operand.stride) + row) * size;
+    sources_[count_++] = {
+        reinterpret_cast<uintptr_t>(operand.data) + static_cast<uintptr_t>(offset),
+        static_cast<uintptr_t>(stride[0] * size),
+        std::max<int64_t>(48 / std::max<int64_t>(stride[0] * size, 1), 1)};
+  }
+
   int count_ = 0;
-  int64_t step_ = 1;
-  std::pair<uintptr_t, uintptr_t> start_[3];  // of the last corner of pixel 0, and bytes per pixel
+  Source sources_[4];
 };
 
 // Finds the points on grid lines, as of a flow of zeros, that may be treated as plain: those whose
@@ -674,7 +684,7 @@ void for_points(const Call& call, int64_t b, int64_t first, int64_t last, const 
           next.n = n;
           next.count = count;
           std::copy(pixel, pixel + D, next.pixel);
-          next.tile.place(points, n, count, pixel, all);
+          next.tile.place(points, n, count, next.pixel, all);  // `pixel` stays in registers
           prefetcher.fetch(next.tile.pixel, count);
           if (turn++ > 0) work(placed[turn % 2]);
         });
