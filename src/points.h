@@ -333,18 +333,18 @@ struct Tile {
       }
       columns(pull + i + g, pulls);
       add_slopes<Stencil>(w, dw, pulls, ct);
-      Real each[kLanes][D];
+      Real each[kLanes * D];
       for (int j = 0; j < kLanes; ++j) {
-        JAXWARP_UNROLL for (int a = 0; a < D; ++a) each[j][a] = ct[a].lane[j];
+        JAXWARP_UNROLL for (int a = 0; a < D; ++a) each[j * D + a] = ct[a].lane[j];
       }
       if (count - g >= kLanes) {
         JAXWARP_UNROLL for (int part = 0; part < D; ++part) {
           target.template emit<kLanes>((n + g) * D + part * kLanes,
-                                       load<kLanes>(each[0] + part * kLanes));
+                                       load<kLanes>(each + part * kLanes));
         }
       } else {
         for (int64_t j = 0; j < count - g; ++j) {
-          target.template emit<D>((n + g + j) * D, Lanes<Real, D>(each[j]));
+          target.template emit<D>((n + g + j) * D, load<D>(each + j * D));
         }
       }
     }
