@@ -28,6 +28,9 @@ __attribute__((noinline)) void* operator new(size_t size) {
   if (block == nullptr) throw std::bad_alloc();
   return block;
 }
+__attribute__((noinline)) void* operator new(size_t size, const std::nothrow_t&) noexcept {
+  return std::malloc(std::max<size_t>(size, 1));  // libFuzzer's, freed as the others are
+}
 __attribute__((noinline)) void operator delete(void* block) noexcept { std::free(block); }
 __attribute__((noinline)) void operator delete(void* block, size_t) noexcept { std::free(block); }
 
