@@ -73,7 +73,7 @@ def grid_sample(
     input, grid = _ops._values("input", input), _ops._values("grid", grid)
     dims = _ops._dims("grid", grid.shape[-1] if grid.ndim else 0)
     core, layout = dims + 1, "D, H, W" if dims == 3 else "H, W"
-    _ops._rank("input", input, core, f"(*batch, C, {layout})")
+    _ops._rank("input", input, core, f"(*batch, C, {layout})", "[None]")
     _ops._rank("grid", grid, core, f"(*batch, {layout}, {dims})")
     _ops._choice("mode", mode, tuple(METHODS))
     _ops._choice("padding_mode", padding_mode, PADDINGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from typing import Annotated as Float  # what jaxtyping's is to type checkers
 from typing import Any, Literal, overload
@@ -51,7 +52,7 @@ def _points(x: ArrayLike) -> Array:
 def _choice(
     name: str, value: Any, options: Sequence[str], remedy: str = "pass one of these"
 ) -> None:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         known = ", ".join(map(repr, options))
         raise ValueError(f"{name}: expected one of {known}, got {value!r}; {remedy}")
 
@@ -59,6 +60,11 @@ def _choice(
 def _number(name: str, value: Any) -> float:
     # One object for every NaN, so that equal options hash alike and compiled code is found again.
     if isinstance(value, int | float | np.integer | np.floating):
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise ValueError(
+                f"{name}: expected a number that a float holds, got an int above "
+                f"{sys.float_info.max:.2g}; pass float('inf')"
+            )
         return math.nan if math.isnan(value) else float(value) + 0.0  # -0.0 equals 0.0 too
     raise TypeError(
         f"{name}: expected a Python float, got {type(value).__name__}; it is part of the compiled "
@@ -78,16 +84,24 @@ def _deterministic(value: Any) -> bool:
     return _flag("deterministic", value)
 
 
+def _integers(given: Any) -> tuple[int, ...] | None:
+    """None: not a sequence of them."""
+    listed = isinstance(given, Sequence) or (isinstance(given, np.ndarray) and given.ndim > 0)
+    numbers = tuple(given) if listed else (given,)
+    whole = (isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers)
+    return tuple(map(int, numbers)) if all(whole) else None
+
+
 def _orders(derivative: Sequence[int] | None, dims: int) -> tuple[int, ...]:
     if derivative is None:
         return (0,) * dims
-    orders = tuple(derivative) if isinstance(derivative, Sequence | np.ndarray) else (derivative,)
-    if len(orders) != dims or not all(isinstance(k, int | np.integer) and k >= 0 for k in orders):
+    orders = _integers(derivative)
+    if orders is None or len(orders) != dims or min(orders) < 0:
         raise ValueError(
             f"derivative: expected {dims} orders >= 0 along {AXES[dims][0]}, got {derivative!r}; "
             f"pass for example {(1,) + (0,) * (dims - 1)}"
         )
-    return tuple(min(int(k), 4) for k in orders)  # from order 4 on every weight is 0
+    return tuple(min(k, 4) for k in orders)  # from order 4 on every weight is 0
 
 
 def _dims(name: str, size: int) -> int:
@@ -99,11 +113,13 @@ def _dims(name: str, size: int) -> int:
     return size
 
 
-def _rank(name: str, array: Array, least: int, layout: str) -> None:
+def _rank(name: str, array: Array, least: int, layout: str, channels: str = "") -> None:
+    """`channels`: how one adds those, for arrays that have some."""
     if array.ndim < least:
+        example = f", for example the channels with {channels}" if channels else ""
         raise ValueError(
             f"{name}: expected at least {least} axes, {layout}, got shape {array.shape}; "
-            "add the missing axes, for example the channels with [..., None]"
+            f"add the missing axes{example}"
         )
 
 
@@ -170,9 +186,9 @@ def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Ar
       Array([2., 1.], dtype=float32)
     """
     sizes = _shape(shape)
-    if jnp.dtype(dtype).name not in POINT_DTYPES:
+    if dtype is None or jnp.dtype(dtype).name not in POINT_DTYPES:
         raise TypeError(
-            f"dtype: expected one of {', '.join(POINT_DTYPES)}, got {jnp.dtype(dtype)}; "
+            f"dtype: expected one of {', '.join(POINT_DTYPES)}, got {dtype}; "
             "positions need at least float32"
         )
     axes = jnp.meshgrid(*(jnp.arange(n, dtype=dtype) for n in sizes), indexing="ij")
@@ -180,13 +196,13 @@ def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Ar
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, Sequence | np.ndarray) else (shape,)
-    if len(sizes) not in AXES or not all(isinstance(n, int | np.integer) and n >= 0 for n in sizes):
+    sizes = _integers(shape)
+    if sizes is None or len(sizes) not in AXES or min(sizes) < 0:
         raise ValueError(
             f"shape: expected spatial sizes (H, W) or (D, H, W), got {shape!r}; "
             "leave out batch axes and channels"
         )
-    return tuple(int(n) for n in sizes)
+    return sizes
 
 
 def _sources(
@@ -391,7 +407,7 @@ def backward_warp(
     image, flow = _values("image", image), _values("flow", flow)
     dims = _dims("flow", flow.shape[-1] if flow.ndim else 0)
     _rank("flow", flow, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, {dims})")
-    _rank("image", image, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, C)")
+    _rank("image", image, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, C)", "[..., None]")
     sampling = _sampling(method, boundary, fill_value, (0,) * dims, True, deterministic)
     _spatial("image", image.shape[-1 - dims : -1], boundary)
     core = dims + 1
@@ -502,7 +518,7 @@ def forward_warp(
     dims = _dims("flow", flow.shape[-1] if flow.ndim else 0)
     core, layout = dims + 1, AXES[dims][1][1:-1]
     _rank("flow", flow, core, f"(*batch, {layout}, {dims})")
-    _rank("values", values, core, f"(*batch, {layout}, C)")
+    _rank("values", values, core, f"(*batch, {layout}, C)", "[..., None]")
     spatial = flow.shape[-core:-1]
     if values.shape[-core:-1] != spatial:
         raise ValueError(

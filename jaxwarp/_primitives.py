@@ -38,6 +38,7 @@ from jaxwarp._sharding import BATCH, CHANNEL, COORDINATE, GRID, SPATIAL, Labels,
 Shape = tuple[int, ...]
 Operands = dict[str, Any]  # name -> array or shape and dtype
 Wants = tuple[tuple[str, Shape], ...]  # operand -> batch axes of its cotangent
+MAX_BATCH = 6  # kMaxBatch of the kernels
 
 
 class Sampling(NamedTuple):
@@ -262,6 +263,20 @@ def _kernel_dtypes(
     return {name: stored if name in per_point else accumulator(stored) for name in outputs}
 
 
+def _check_batch_axes(arrays: Operands, sampling: Sampling) -> None:
+    """Neighbouring axes that the same arrays have are one to a kernel, which knows MAX_BATCH."""
+    batches = [batch for batch, _ in _split(arrays, sampling).values()]
+    sizes = jnp.broadcast_shapes(*batches)
+    kept = [[batch[i] != 1 for batch in batches] for i, size in enumerate(sizes) if size != 1]
+    apart = sum(axis != before for axis, before in zip(kept, [None, *kept], strict=False))
+    if apart > MAX_BATCH:
+        raise ValueError(
+            f"batch axes: expected at most {MAX_BATCH} groups along which different arrays are "
+            f"shared, got {apart} in shape {sizes}; give all arrays some of these axes with "
+            "jnp.broadcast_to, or map them one after the other with jax.lax.map"
+        )
+
+
 def _on_shard(
     target: str,
     operands: Operands,
@@ -352,6 +367,7 @@ def _define(
         operands = dict(zip(names, avals, strict=True))
         results = outputs(operands, **params)
         labels = _labels(operands | results, params["sampling"])
+        _check_batch_axes(operands | results, params["sampling"])
         return _sharding.result_avals(operands, results, labels)
 
     def lower(*arrays: Array, names: tuple[str, ...], **params: Any) -> list[Array]:
@@ -516,8 +532,23 @@ def _weighted(values: Array, importance: Array | None) -> Array:
     values = values.astype(accumulator(values.dtype))
     if importance is None:
         return values
-    weight = importance[..., None]
+    return _product(importance[..., None], values)
+
+
+@jax.custom_jvp
+def _product(weight: Array, values: Array) -> Array:
+    """w f, of which the derivative in the weight is f even where a weight of 0 hides it."""
     return weight * jnp.where((weight == 0) & ~jnp.isfinite(values), 0, values)
+
+
+@partial(_product.defjvp, symbolic_zeros=True)
+def _product_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    (weight, values), (d_weight, d_values) = primals, tangents
+    parts = [] if isinstance(d_values, SymbolicZero) else [weight * d_values]
+    if not isinstance(d_weight, SymbolicZero):  # whose product with a NaN is none
+        parts.append(d_weight * values)
+    out = _product(weight, values)
+    return out, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(out)
 
 
 def _holes(coverage: Array, divisor: Array, reduction: Reduction) -> Array:

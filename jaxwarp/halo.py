@@ -71,8 +71,9 @@ def backward_warp(
     """
     image, flow = _ops._values("image", image), _ops._values("flow", flow)
     dims = _ops._dims("flow", flow.shape[-1] if flow.ndim else 0)
-    _ops._rank("flow", flow, dims + 1, f"(*batch, {_ops.AXES[dims][1][1:-1]}, {dims})")
-    _ops._rank("image", image, dims + 1, f"(*batch, {_ops.AXES[dims][1][1:-1]}, C)")
+    layout = _ops.AXES[dims][1][1:-1]
+    _ops._rank("flow", flow, dims + 1, f"(*batch, {layout}, {dims})")
+    _ops._rank("image", image, dims + 1, f"(*batch, {layout}, C)", "[..., None]")
     _ops._choice("boundary", boundary, _ops.BOUNDARIES)
     axis = -dims - 1  # of the rows
     rows, limit = image.shape[axis], _ops._number("max_displacement", max_displacement)

@@ -46,6 +46,7 @@ METHODS = "'nearest', 'linear', 'cubic'"
 BOUNDARIES = "'constant', 'nearest', 'mirror', 'reflect', 'wrap'"
 FLOATS = "float16, bfloat16, float32, float64"
 gather, backward, forward = jaxwarp.gather, jaxwarp.backward_warp, jaxwarp.forward_warp
+sample = jaxwarp.grid_sample
 
 WRONG = [
     # dtypes
@@ -77,6 +78,8 @@ WRONG = [
     case(ValueError, "shape", "(H, W)", "(5, 6, 7, 8)", splat, VALUES, POINTS, (5, 6, 7, 8)),
     case(ValueError, "shape", "(H, W)", "(5, -1)", splat, VALUES, POINTS, (5, -1)),
     case(ValueError, "shape", "(H, W)", "(5, 6.5)", splat, VALUES, POINTS, (5, 6.5)),
+    case(ValueError, "shape", "(H, W)", "5", splat, VALUES, POINTS, 5),
+    case(ValueError, "shape", "(H, W)", "(5, True)", splat, VALUES, POINTS, (5, True)),
     case(ValueError, "flow", "2 (x, y) or 3", "4", backward, IMAGE, np.zeros((5, 6, 4), F)),
     case(ValueError, "flow", "2 (x, y) or 3", "1", forward, IMAGE, np.zeros((5, 6, 1), F)),
     case(ValueError, "flow", "at least 3 axes", "(6, 2)", backward, IMAGE, FLOW[0]),
@@ -90,6 +93,7 @@ WRONG = [
         IMAGE,
         np.zeros((2, 5, 6, 3), F),
     ),
+    case(ValueError, "input", "(*batch, C, H, W)", "(5, 6)", sample, IMAGE[..., 0], FLOW),
     case(ValueError, "values", "spatial shape (5, 6)", "(4, 6)", forward, IMAGE[:4], FLOW),
     case(ValueError, "values", "at least 3 axes", "(5, 6)", forward, IMAGE[..., 0], FLOW),
     case(ValueError, "importance", "(5, 6)", "(6, 5)", weighted, np.ones((6, 5), F)),
@@ -112,6 +116,15 @@ WRONG = [
         forward,
         np.ones((2, 1, 5, 6, 3), F),
         np.zeros((3, 4, 5, 6, 2), F),
+    ),
+    case(
+        ValueError,
+        "batch axes",
+        "at most 6 groups",
+        "8 in shape",
+        backward,
+        np.ones((2, 1) * 4 + (2, 3, 1), F),
+        np.zeros((1, 2) * 4 + (2, 3, 2), F),
     ),
     # an image of nothing
     case(ValueError, "image", "no empty axis", "(0, 6)", gather, EMPTY, POINTS, boundary="wrap"),
@@ -167,6 +180,7 @@ WRONG = [
     # options
     *of_every_warp(ValueError, "method", METHODS, "'bilinear'", method="bilinear"),
     *of_every_warp(ValueError, "method", METHODS, "None", method=None),
+    *of_every_warp(ValueError, "method", METHODS, "array", method=np.array(["linear", "cubic"])),
     *of_every_warp(ValueError, "boundary", BOUNDARIES, "'zeros'", boundary="zeros"),
     *of_every_warp(TypeError, "forward_mode", "True or False", "1", forward_mode=1),
     *of_every_warp(TypeError, "deterministic", "True or False", "'yes'", deterministic="yes"),
@@ -174,10 +188,14 @@ WRONG = [
     case(TypeError, "fill_value", "float", "NoneType", backward, IMAGE, FLOW, fill_value=None),
     case(TypeError, "fill_value", "float", "tuple", forward, IMAGE, FLOW, fill_value=(0, 0, 0)),
     case(TypeError, "fill_value", "float", "complex", gather, IMAGE, POINTS, fill_value=1j),
+    case(ValueError, "fill_value", "float", "1.8e+308", gather, IMAGE, POINTS, fill_value=10**400),
     case(TypeError, "min_coverage", "float", "str", forward, IMAGE, FLOW, min_coverage="0"),
     case(ValueError, "min_coverage", "0", "-1", forward, IMAGE, FLOW, min_coverage=-1),
     case(ValueError, "min_coverage", "0", "nan", forward, IMAGE, FLOW, min_coverage=np.nan),
     case(ValueError, "derivative", "2 orders", "(1,)", gather, IMAGE, POINTS, derivative=(1,)),
+    case(
+        ValueError, "derivative", "orders", "array", gather, IMAGE, POINTS, derivative=np.array(1)
+    ),
     case(
         ValueError,
         "derivative",
@@ -294,6 +312,8 @@ def test_pixel_grid(shape):
 
 
 def test_pixel_grid_refuses_what_cannot_hold_a_position():
+    with pytest.raises(TypeError, match=r"dtype: expected .*, got None; .*"):
+        jaxwarp.pixel_grid((4, 5), None)
     for dtype in ("int32", "float16", "bfloat16"):
         with pytest.raises(TypeError, match=f"dtype: expected .*, got {dtype}; .*"):
             jaxwarp.pixel_grid((4, 5), dtype=dtype)

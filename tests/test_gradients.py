@@ -350,6 +350,32 @@ def test_source_of_no_importance_gets_no_gradient_but_its_importance_does():
     assert np.isfinite(ct_flow).all()
 
 
+@pytest.mark.parametrize("reduce", ["sum", "average"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 2.0])
+def test_second_order_where_no_importance_hides_a_value(reduce, bad):
+    """What is hidden has a derivative all the same: in the importance it is what is hidden."""
+    values, w = np.array([[[bad], [3.0]]]), np.array([[0.0, 1.0]])
+    flow = np.zeros((1, 2, 2))
+    flow[..., 0] = 0.25
+
+    def moved(module, argument):
+        def total(values, flow, w):
+            return module.forward_warp(values, flow, importance=w, reduce=reduce).sum()
+
+        at = [values, flow, w]
+
+        def slopes(x):
+            return jax.grad(total, (0, 1))(*at[:argument], x, *at[argument + 1 :])
+
+        return jax.jvp(slopes, (at[argument],), (np.ones_like(at[argument]),))[1]
+
+    for argument in (1, 2):  # flow, importance
+        cases.assert_close(moved(jaxwarp, argument), moved(reference, argument), EXACT)
+    by_values, _ = moved(jaxwarp, 2)
+    assert np.isfinite(by_values).all()
+    assert by_values[0, 0, 0] > 0
+
+
 def test_coverage_is_differentiable_in_the_flow():
     rng = np.random.default_rng(0)
     values, flow = rng.standard_normal((4, 5, 2)), rng.integers(-99, 99, (4, 5, 2)) / 64
