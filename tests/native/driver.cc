@@ -362,7 +362,8 @@ void draw_shapes(Source& s, Case& c, bool channels_first) {
   }
 
   Extents batch(s.of({0, 0, 0, 1, 1, 2, 3, s.once_in(16) ? 8 : 1}));
-  for (int64_t& n : batch) n = s.once_in(24) ? 0 : 1 + s.below(batch.size() > 3 ? 2 : 3);
+  const int64_t most = batch.size() <= 3 ? 3 : large ? 1 : 2;  // a case takes seconds at most
+  for (int64_t& n : batch) n = s.once_in(24) ? 0 : 1 + s.below(most);
   const bool shared = s.below(2);
   Extents image_batch = batch;
   for (int64_t& n : image_batch) n = shared && s.below(2) ? 1 : n;
