@@ -73,7 +73,7 @@ struct Tiles {
   }
 };
 
-// Are the plain points worth a loop of their own?
+// Are the plain points of such a method worth a loop of their own?
 template <class Types>
 constexpr bool kPlainLoop = Types::kMethod == Method::kLinear;
 
@@ -418,7 +418,7 @@ struct Tile {
   }
 };
 
-// Have the plain points a loop of their own, and do positions fit the types in Tile?
+// Does a call take that loop: is there AVX2, no derivative, and do positions fit the types in Tile?
 template <class Types>
 bool has_plain_loop(const Call& call) {
   using Real = Accumulator<typename Types::Value>;

@@ -308,8 +308,8 @@ struct Stencil {
   }
 };
 
-// A position that is not treated as a plain one, even if it is: for a caller that has a loop of its
-// own for those, see below, so that the compiler has half as much to do.
+// A position that is not treated as a plain one, even if it is, so that the compiler has half as
+// much to do: for a caller that mostly has a loop of its own for those, see below.
 template <Method M, int D, class Real, class Index>
 struct OtherStencil : Stencil<M, D, Real, Index> {
   static constexpr bool kNeverPlain = true;
@@ -318,8 +318,8 @@ struct OtherStencil : Stencil<M, D, Real, Index> {
 
 // A position all of whose corners lie inside, with a pixel behind each in its row, and weigh
 // something or meet only numbers of which a weight of zero makes zeros (see Tame), with no
-// derivative asked for: what most positions are. The caller has made sure of
-// that. TrailsT: see Trail; void where there are none.
+// derivative asked for: what most positions are. The caller has made sure of that. TrailsT: see
+// Trail; void where there are none.
 template <Method M, int D, class Real, class Index, class TrailsT = void>
 struct PlainStencil : Stencil<M, D, Real, Index> {
   using Base = Stencil<M, D, Real, Index>;

@@ -36,7 +36,7 @@ struct Channels {
   Index first, step, count;
   bool contiguous;
 
-  // Each width is compiled anew, so there are few: two channels are taken one by one.
+  // Each width is compiled anew, so there are few: two that are left over are taken one by one.
   template <int V, class Body>
   JAXWARP_HD void for_packs(Body body) const {
     Index c = first;
@@ -224,7 +224,7 @@ struct Corners {
 };
 
 // Runs body(std::true_type) where a fast loop without tests will do, else body(std::false_type).
-// kAlways: it will do for all plain positions.
+// Of some stencils the compiler knows which: never, or, if kAlways, for every PlainStencil.
 template <class S, bool kAlways, class Body>
 JAXWARP_HD void choose(bool plain, Body body) {
   if constexpr (S::kNeverPlain) {
