@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import ROOT, cases
+from benchmarks.report import table
 
 CHANNELS = (1, 3, 4, 64)
 KERNELS = [
@@ -71,12 +72,11 @@ def main() -> None:
             instructions(Path(f"{profile}.{2 * i + 2}")) / CALLS / case.pixels
             for i, case in enumerate(MEASURED)
         ]
-    head = ("operation", "result", *(f"C = {c}" for c in CHANNELS))
-    rows = [head, ("---",) * len(head)]
+    rows = []
     for i, kernel in enumerate(KERNELS):
         own = counts[i * len(CHANNELS) :][: len(CHANNELS)]
-        rows.append((kernel.operation, kernel.order, *(f"{count:.0f}" for count in own)))
-    print(*("| " + " | ".join(row) + " |" for row in rows), sep="\n")
+        rows.append([kernel.operation, kernel.order, *(f"{count:.0f}" for count in own)])
+    print(table(["operation", "result", *(f"C = {c}" for c in CHANNELS)], rows))
 
 
 if __name__ == "__main__":

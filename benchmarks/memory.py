@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks import ROOT, cases
 from benchmarks.cases import Case
+from benchmarks.report import table
 
 MEASURED = cases.of(
     operation=("backward_warp", "forward_average", "forward_softmax"),
@@ -55,8 +56,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))
         return
-    head = ("case", "results (MB)", "peak of the call (MB)", "beside the results (MB)", "in planes")
-    rows = [head, ("---",) * len(head)]
+    head = ["case", "results (MB)", "peak of the call (MB)", "beside the results (MB)", "in planes"]
+    rows = []
     for case in MEASURED:
         command = [sys.executable, "-m", "benchmarks.memory", json.dumps(vars(case))]
         out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -64,8 +65,8 @@ def main() -> None:
         beside = found["peak"] - found["results"]
         plane = 4 * math.prod(case.spatial)  # of float32
         megabytes = [f"{x / 1e6:.0f}" for x in (found["results"], found["peak"], beside)]
-        rows.append((str(case), *megabytes, f"{beside / plane:.1f}"))
-    print(*("| " + " | ".join(row) + " |" for row in rows), sep="\n")
+        rows.append([str(case), *megabytes, f"{beside / plane:.1f}"])
+    print(table(head, rows))
 
 
 if __name__ == "__main__":

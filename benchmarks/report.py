@@ -96,7 +96,8 @@ def markdown(data: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
     rule = ["---"] * len(head)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
@@ -131,7 +132,7 @@ def _ratios(data: dict, mode: str) -> str:
             ]
         )
     head = ["operation", "result", "size", "flow", "dtype", "jaxwarp", "copy"]
-    return _table([*head, "jaxwarp / copy", "best peer", "best peer / jaxwarp"], rows)
+    return table([*head, "jaxwarp / copy", "best peer", "best peer / jaxwarp"], rows)
 
 
 def _times(data: dict, mode: str) -> str:
@@ -145,7 +146,7 @@ def _times(data: dict, mode: str) -> str:
             for entry, figure in figures
         ]
         rows.append([str(case), *texts])
-    return _table(["case", *shown], rows)
+    return table(["case", *shown], rows)
 
 
 def plot(data: dict, path: Path) -> None:
