@@ -115,8 +115,7 @@ JAXWARP_HD PointTangents<D, A> point_tangents_of(const Call& call, int64_t b) {
 template <class A>
 JAXWARP_HD SplatResidual<A> splat_residual_of(const Call& call, int64_t b) {
   return {at<const A>(call, call.image, b), at<const A>(call, call.coverage, b),
-          at<const A>(call, call.weight, b), at<const A>(call, call.peak, b),
-          static_cast<A>(call.min_coverage)};
+          at<const A>(call, call.weight, b), static_cast<A>(call.min_coverage)};
 }
 
 inline std::vector<std::string_view> split(std::string_view text) {
@@ -495,6 +494,7 @@ class Decoder {
       if (!softmax && (peak->output || is(kSplatVjp))) {
         fail("peak: only softmax has one here");
       }
+      if (call_.sampling.method == Method::kCubic) fail("peak: method 'cubic' has none");
     }
     if (call_.reduce == Reduce::kSum) {
       if ((is(kGather) || is(kGatherTangent)) && !find("importance") != !find("peak")) {
@@ -570,18 +570,19 @@ void dispatch_types(const Call& call, Body body) {
 }
 
 // Calls body(integral_constant) for the importances of the call; only a splat takes some without a
-// peak.
-template <bool kSplat, class Body>
+// peak, and only cubic weights have none.
+template <class Types, bool kSplat, class Body>
 void dispatch_importances(const Call& call, Body body) {
   if (call.importance.data == nullptr) {
     return body(std::integral_constant<Importances, Importances::kOne>{});
   }
+  constexpr bool kPeak = Types::kMethod != Method::kCubic;
   if constexpr (kSplat) {
-    if (call.peak.data == nullptr) {
+    if (!kPeak || call.peak.data == nullptr) {
       return body(std::integral_constant<Importances, Importances::kWeight>{});
     }
   }
-  body(std::integral_constant<Importances, Importances::kAny>{});
+  if constexpr (kPeak) body(std::integral_constant<Importances, Importances::kAny>{});
 }
 
 // Calls body(integral_constant) for the reduction of the call; only a sum takes cubic weights.

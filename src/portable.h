@@ -33,6 +33,14 @@
 #endif
 #endif
 
+// Several at once: part of the C library itself, by the names of its interface for compilers.
+#if defined(JAXWARP_MVEC) && !defined(__CUDACC__)
+typedef float jaxwarp_floats __attribute__((vector_size(16)));
+typedef double jaxwarp_doubles __attribute__((vector_size(16)));
+extern "C" jaxwarp_floats _ZGVbN4v_expf(jaxwarp_floats);
+extern "C" jaxwarp_doubles _ZGVbN2v_exp(jaxwarp_doubles);
+#endif
+
 namespace jaxwarp {
 
 // Storage formats; arithmetic happens in Accumulator<T>.
@@ -251,6 +259,26 @@ struct Lanes<A, V, true> {
   }
 };
 #endif
+
+// exp(min(x, 0)) of each.
+template <class A>
+JAXWARP_HD Lanes<A, 4> exp_up_to_one(Lanes<A, 4> x) {
+#if defined(JAXWARP_MVEC) && !defined(__CUDACC__)
+  x.lane = x.lane > 0 ? Lanes<A, 4>(A(0)).lane : x.lane;
+  if constexpr (sizeof(A) == 4) {
+    x.lane = _ZGVbN4v_expf(x.lane);
+  } else {
+    jaxwarp_doubles half[2];
+    memcpy(half, &x.lane, sizeof(half));
+    half[0] = _ZGVbN2v_exp(half[0]);
+    half[1] = _ZGVbN2v_exp(half[1]);
+    memcpy(&x.lane, half, sizeof(half));
+  }
+#else
+  JAXWARP_UNROLL for (int i = 0; i < 4; ++i) x.lane[i] = std::exp(x.lane[i] > 0 ? A(0) : x.lane[i]);
+#endif
+  return x;
+}
 
 #if !defined(__CUDACC__)
 // sum[k] = (x[k][0] + x[k][2]) + (x[k][1] + x[k][3]) for K vectors at once; of three lanes, the
@@ -555,7 +583,7 @@ JAXWARP_HD void add_to(A* target, const Lanes<A, V>& v) {
 }
 template <class A>
 JAXWARP_HD void max_to(A* target, A v) {
-  if (v > *target) *target = v;
+  *target = v > *target ? v : *target;  // no branch
 }
 #endif
 

@@ -121,6 +121,22 @@ JAXWARP_HD A softmax_weight(A logit, A peak) {
   return std::exp(exponent > 0 ? A(0) : exponent);
 }
 
+// Of K targets.
+template <int K, class A>
+JAXWARP_HD void softmax_weights(A logit, const A (&peak)[K], A (&weight)[K]) {
+  if constexpr (kHasVectors && K % 4 == 0) {
+    if (logit - logit == 0) {  // without those limits, four at once
+      JAXWARP_UNROLL for (int k = 0; k < K; k += 4) {
+        const Lanes<A, 4> peaks({peak[k], peak[k + 1], peak[k + 2], peak[k + 3]});
+        const Lanes<A, 4> w = exp_up_to_one(Lanes<A, 4>(logit) - peaks);
+        JAXWARP_UNROLL for (int i = 0; i < 4; ++i) weight[k + i] = w.lane[i];
+      }
+      return;
+    }
+  }
+  JAXWARP_UNROLL for (int k = 0; k < K; ++k) weight[k] = softmax_weight(logit, peak[k]);
+}
+
 // What a compiler may know of the importances: all are 1; none has a peak; nothing.
 enum class Importances { kOne, kWeight, kAny };
 
@@ -134,9 +150,19 @@ struct Importance {
 
   JAXWARP_HD bool peaks() const { return kMayPeak && peak != nullptr; }
 
-  template <class Index>
-  JAXWARP_HD A at(Index j) const {
-    return peaks() ? softmax_weight(value, peak[j]) : value;
+  // w at the corners; of those for which reads(k) is false, any number.
+  template <class S, class Reads>
+  JAXWARP_HD void at_corners(const S& at, const typename S::Index* plane_stride, Reads reads,
+                             A (&w)[S::kCorners]) const {
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { w[k] = value; });
+    if constexpr (kMayPeak && S::kMethod != Method::kCubic) {  // which has no softmax
+      if (!peaks()) return;
+      A peaks[S::kCorners];
+      for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+        peaks[k] = reads(k) ? peak[at.plane_offset(k, plane_stride)] : value;
+      });
+      softmax_weights(value, peaks, w);
+    }
   }
 };
 
@@ -302,10 +328,11 @@ JAXWARP_HD void gather_point(const Sampling& sampling, const Shape<Index>& shape
   Corners<S> corner(at, shape.stride, w);
   if (importance.peaks()) {
     corner.plain = false;
+    A factor[S::kCorners];
+    const auto inside = [&](int k) JAXWARP_INLINE { return corner.offset[k] >= 0; };
+    importance.at_corners(at, shape.plane_stride, inside, factor);
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-      if (corner.offset[k] >= 0) {
-        corner.weight[k] *= importance.at(at.plane_offset(k, shape.plane_stride));
-      }
+      if (inside(k)) corner.weight[k] *= factor[k];
     });
   }
   choose<S, !I::kMayPeak>(corner.plain, [&](auto plain) JAXWARP_INLINE {
@@ -352,13 +379,15 @@ JAXWARP_HD void gather_tangent_point(const Sampling& sampling, const Shape<Index
   at.slopes(sampling, dw);
   Corners<S> corner(at, shape.stride, w);
   A change[S::kCorners];  // of the weight
+  A factor[S::kCorners];  // w_j
+  const auto inside = [&](int k) JAXWARP_INLINE { return corner.offset[k] >= 0; };
+  importance.at_corners(at, shape.plane_stride, inside, factor);
   bool any_change = false;
   for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
     change[k] = S::weight_tangent(k, w, dw, d_point.points);
-    if (importance.peaks() && corner.offset[k] >= 0) {
-      const A factor = importance.at(at.plane_offset(k, shape.plane_stride));
-      change[k] = factor * (change[k] + d_point.importance * corner.weight[k]);
-      corner.weight[k] *= factor;
+    if (importance.peaks() && inside(k)) {
+      change[k] = factor[k] * (change[k] + d_point.importance * corner.weight[k]);
+      corner.weight[k] *= factor[k];
     }
     any_change = any_change || change[k] != 0;
   });
@@ -504,7 +533,11 @@ JAXWARP_HD void peak_point(const Sampling& sampling, const Shape<Index>& shape, 
   at.weights(sampling, w);
   const Corners<S> corner(at, shape.plane_stride, w);
   for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-    if (corner.weight[k] != 0 && corner.offset[k] >= 0 && rows.contain(at.index(k, S::kDims - 1))) {
+    if constexpr (S::kPlain) {  // rather than branch
+      const A none = -std::numeric_limits<A>::infinity();
+      max_to(peak + corner.offset[k], corner.weight[k] != 0 ? logit : none);
+    } else if (corner.weight[k] != 0 && corner.offset[k] >= 0 &&
+               rows.contain(at.index(k, S::kDims - 1))) {
       max_to(peak + corner.offset[k], logit);
     }
   });
@@ -525,16 +558,15 @@ JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape,
   at.weights(sampling, w);
   const Corners<S> corner(at, shape.stride, w);
   choose<S, true>(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
-    A scale[S::kCorners];
+    A scale[S::kCorners];  // w g(p, j)
     bool writes[S::kCorners];
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-      scale[k] = importance.value * corner.weight[k];
       writes[k] = plain || (corner.weight[k] != 0 && corner.offset[k] >= 0 &&
                             rows.contain(at.index(k, D - 1)));
-      if (importance.peaks() && writes[k]) {
-        scale[k] = importance.at(at.plane_offset(k, shape.plane_stride)) * corner.weight[k];
-      }
     });
+    importance.at_corners(
+        at, shape.plane_stride, [&](int k) JAXWARP_INLINE { return plain || writes[k]; }, scale);
+    for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { scale[k] *= corner.weight[k]; });
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
       const Lanes<A, N> f = load<N>(values + c * shape.point_channel_stride);
@@ -589,7 +621,6 @@ struct SplatResidual {
   const A* image;  // out(j) of (5), unrounded; null for a sum
   const A* coverage;
   const A* weight;  // null: the coverage is the weight
-  const A* peak;    // null: no softmax
   A min_coverage;
 
   // Is target j none of the holes? With its D(j). kIsOne: all importances are, see Importances.
@@ -623,25 +654,27 @@ JAXWARP_HD void splat_tangent_point(const Sampling& sampling, const Shape<Index>
   const Corners<S> corner(at, shape.stride, w);
   A share[S::kCorners];   // w g(p, j) / D(j)
   A change[S::kCorners];  // (w dp . dg(p, j)/dp + dw g(p, j)) / D(j)
+  A weight[S::kCorners];  // w
   bool writes[S::kCorners];
   bool plain = corner.plain && at.within(rows);
   for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-    share[k] = change[k] = 0;
     writes[k] = corner.offset[k] >= 0 && rows.contain(at.index(k, S::kDims - 1));
+  });
+  importance.at_corners(
+      at, shape.plane_stride, [&](int k) JAXWARP_INLINE { return writes[k]; }, weight);
+  for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
+    share[k] = change[k] = 0;
     if (!writes[k]) return;
     const Index j = at.plane_offset(k, shape.plane_stride);
     const A dg = S::weight_tangent(k, w, dw, d_point.points);
     if (d_coverage != nullptr && channels.first == 0 && dg != 0) {
       add_to<1>(d_coverage + j, Lanes<A, 1>(dg));
     }
-    A weight = importance.value, d_weight = d_point.importance, divisor = 1;
-    if (importance.peaks()) {
-      weight = importance.at(j);
-      d_weight *= weight;
-    }
+    const A d_weight = d_point.importance * (importance.peaks() ? weight[k] : A(1));
+    A divisor = 1;
     if constexpr (kDivides) writes[k] = residual.divides(j, divisor);
-    share[k] = weight * corner.weight[k] / divisor;
-    change[k] = (weight * dg + d_weight * corner.weight[k]) / divisor;
+    share[k] = weight[k] * corner.weight[k] / divisor;
+    change[k] = (weight[k] * dg + d_weight * corner.weight[k]) / divisor;
     plain = plain && writes[k];
   });
   choose<S, false>(plain, [&](auto plain) JAXWARP_INLINE {
@@ -710,16 +743,14 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
   A weight[K];  // w, which differs from j to j for softmax
   bool reads[K];
   bool plain = corner.plain;
+  const auto inside = [&](int k) JAXWARP_INLINE { return S::kPlain || corner.offset[k] >= 0; };
+  importance.at_corners(at, shape.plane_stride, inside, weight);
   for_corners<K>([&](int k) JAXWARP_INLINE {
     divisor[k] = 1;
-    weight[k] = importance.value;
-    reads[k] = S::kPlain || corner.offset[k] >= 0;
+    reads[k] = inside(k);
     if (kDivides && reads[k]) {
       const Index j = at.plane_offset(k, shape.plane_stride);
       reads[k] = residual.template divides<I::kIsOne>(j, divisor[k]);
-      if constexpr (R == Reduce::kSoftmax) {
-        weight[k] = softmax_weight(importance.value, residual.peak[j]);
-      }
     }
     if (!I::kIsOne) plain = plain & (weight[k] * corner.weight[k] != 0);
     plain = plain & reads[k];

@@ -93,7 +93,7 @@ void for_blocks(ffi::ThreadPool& pool, const Call& call, bool own_points, Body b
 template <class Types>
 void gather(ffi::ThreadPool& pool, const Call& call) {
   using T = typename Types::Value;
-  dispatch_importances<false>(call, [&](auto kind) {
+  dispatch_importances<Types, false>(call, [&](auto kind) {
     for_blocks(pool, call, false, [&](int64_t b, int64_t first, int64_t last) {
       const auto image = at<const T>(call, call.image, b);
       const auto importances = importances_of<Accumulator<T>, kind>(call, b);
@@ -113,7 +113,7 @@ template <class Types>
 void gather_tangent(ffi::ThreadPool& pool, const Call& call) {
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  dispatch_importances<false>(call, [&](auto kind) {
+  dispatch_importances<Types, false>(call, [&](auto kind) {
     for_blocks(pool, call, false, [&](int64_t b, int64_t first, int64_t last) {
       const auto image = at<const T>(call, call.image, b),
                  d_image = at<const T>(call, call.d_image, b);
@@ -356,27 +356,30 @@ void splat(ffi::ThreadPool& pool, const Call& call) {
       }
     });
   };
+  const auto peaks = [&](int64_t first, const auto& band, const auto& for_sources) {
+    fill_rows<D>(call, call.peak, first, band, true, -std::numeric_limits<A>::infinity());
+    for_sources([&](int64_t b) {
+      const auto importances = importances_of<A>(call, b);
+      const auto peak = at<A>(call, call.peak, b);
+      return [=, &call](int64_t n, const auto& stencil, const auto& rows, const auto&,
+                        bool) JAXWARP_INLINE {
+        peak_point(call.sampling, call.shape, stencil, importances.of(n).value, peak, rows);
+      };
+    });
+  };
   if (call.batch.count == 0) {  // no task owns the empty sums
     for (const Operand* output : {&call.image, &call.coverage, &call.weight}) {
       fill_zero_if_summed<A>(pool, *output, output->count);
     }
   }
-  dispatch_importances<true>(call, [&](auto kind) {
-    for_bands<Types, kind != Importances::kAny>(
+  dispatch_importances<Types, true>(call, [&](auto kind) {
+    for_bands<Types, true>(
         pool, call, call.image, [&](int64_t first, const auto& band, const auto& for_sources) {
           fill_rows<D>(call, call.image, first, band, false, A(0));
           fill_rows<D>(call, call.coverage, first, band, true, A(0));
           fill_rows<D>(call, call.weight, first, band, true, A(0));
-          if (call.reduce == Reduce::kSoftmax) {
-            fill_rows<D>(call, call.peak, first, band, true, -std::numeric_limits<A>::infinity());
-            for_sources([&](int64_t b) {
-              const auto importances = importances_of<A>(call, b);
-              const auto peak = at<A>(call, call.peak, b);
-              return [=, &call](int64_t n, const auto& stencil, const auto& rows, const auto&,
-                                bool) JAXWARP_INLINE {
-                peak_point(call.sampling, call.shape, stencil, importances.of(n).value, peak, rows);
-              };
-            });
+          if constexpr (kind == Importances::kAny) {
+            if (call.reduce == Reduce::kSoftmax) peaks(first, band, for_sources);
           }
           for_sources([&](int64_t b) {
             const auto importances = importances_of<A, kind>(call, b);
@@ -412,8 +415,8 @@ void splat_tangent(ffi::ThreadPool& pool, const Call& call) {
           fill_rows<D>(call, call.d_image, first, rows, false, A(0));
           fill_rows<D>(call, call.d_coverage, first, rows, true, A(0));
           for_sources([&](int64_t b) {
-            constexpr auto kKind =
-                reduce == Reduce::kAverage ? Importances::kWeight : Importances::kAny;
+            constexpr bool kPeak = reduce != Reduce::kAverage && Types::kMethod != Method::kCubic;
+            constexpr auto kKind = kPeak ? Importances::kAny : Importances::kWeight;
             const auto importances = importances_of<A, kKind>(call, b);
             const auto residual = splat_residual_of<A>(call, b);
             const auto d_points = point_tangents_of<D, A>(call, b);
@@ -475,7 +478,9 @@ void splat_vjp(ffi::ThreadPool& pool, const Call& call) {
   };
   dispatch_reduce<Types>(call, [&](auto reduce) {
     constexpr std::integral_constant<Importances, Importances::kWeight> kGiven{};
-    if constexpr (reduce == Reduce::kSoftmax) return run(reduce, kGiven);
+    if constexpr (reduce == Reduce::kSoftmax) {
+      return run(reduce, std::integral_constant<Importances, Importances::kAny>{});
+    }
     if (call.importance.data != nullptr || call.ct_importance.data != nullptr) {
       return run(reduce, kGiven);
     }

@@ -179,6 +179,8 @@ def test_channels_first(which):
         *((which, {"reduce": "softmax"}) for which in ("splat-peak", "splat_vjp")),
         *((which, {"reduce": "sum"}) for which in ("splat-softmax", "splat_vjp-softmax")),
         *((which, {"method": "cubic"}) for which in ("splat-softmax", "splat_vjp-softmax")),
+        *((which, {"method": "cubic"}) for which in ("gather-peak", "gather_tangent-peak")),
+        ("splat-peak", {"method": "cubic"}),
         *((which, {"channels_first": True}) for which in ("splat-softmax", "splat_vjp-softmax")),
     ],
 )

@@ -310,7 +310,11 @@ void draw_operands(Source& s, Case& c) {
   };
   outputs.erase("peak");
   outputs.erase("scratch");
-  if (divides || target == "jaxwarp_splat_vjp") inputs.erase("peak");
+  const bool cubic = c.method == "cubic";
+  if (divides || cubic || target == "jaxwarp_splat_vjp") inputs.erase("peak");
+  if (cubic && !splats) {
+    for (const char* name : {"importance", "d_importance"}) inputs.erase(name);
+  }
   const bool importance =
       has("importance") || has("d_importance") || has("peak") || c.reduce == "softmax";
   set(inputs, "importance", importance);
