@@ -116,15 +116,28 @@ struct Points {
     }
     copy(static_cast<const Real*>(data));
   }
-  // Of point n, the i-th of a tile that starts at `pixel`.
-  __attribute__((noinline)) AnyStencil stencil(int64_t n, int64_t i,
-                                               const int64_t (&pixel)[D]) const {
-    Real p[D];
+  // Point n is the i-th of a tile that starts at `pixel`.
+  void position(int64_t n, int64_t i, const int64_t (&pixel)[D], Real (&p)[D]) const {
     read(n, 1, p);
     for (int a = 0; a < D; ++a) {
       if (call.displacement) p[a] = static_cast<Real>(pixel[a] + (a == 0 ? i : 0)) + p[a];
     }
+  }
+  __attribute__((noinline)) AnyStencil stencil(int64_t n, int64_t i,
+                                               const int64_t (&pixel)[D]) const {
+    Real p[D];
+    position(n, i, pixel, p);
     return {p, call.shape.size, call.sampling.boundary};
+  }
+  // Has a linear stencil no corner inside, nor a boundary rule that folds one there?
+  __attribute__((noinline)) bool beyond(int64_t n, int64_t i, const int64_t (&pixel)[D]) const {
+    Real p[D];
+    position(n, i, pixel, p);
+    bool near = true;
+    for (int a = 0; a < D; ++a) {
+      near = near && p[a] >= -1 && p[a] < static_cast<Real>(call.shape.size[a]);
+    }
+    return !near && call.sampling.boundary == Boundary::kConstant;
   }
 };
 
@@ -468,7 +481,8 @@ class Prefetcher {
     for (const Operand* image : {&call.image, &call.ct_image, &call.d_image}) {
       add(call, *image, b, shape.stride);
     }
-    add(call, call.coverage, b, shape.plane_stride);
+    for (const Operand* plane : {&call.coverage, &call.weight, &call.peak})
+      add(call, *plane, b, shape.plane_stride);
   }
   void fetch(const uint32_t* pixel, int64_t count) const {
     for (int k = 0; k < count_; ++k) {
@@ -499,7 +513,7 @@ class Prefetcher {
   }
 
   int count_ = 0;
-  Source sources_[4];
+  Source sources_[6];  // one for each operand above
 };
 
 // Finds the points on grid lines, as of a flow of zeros, that may be treated as plain: those whose
@@ -507,8 +521,7 @@ class Prefetcher {
 // them. Of a call, the inputs: outputs are what the kernel writes.
 class Tame {
  public:
-  // Not with a peak: a logit may be beyond that of a corner without weight.
-  Tame(const Call& call, int64_t b) : call_(call), b_(b), none_(call.peak.data != nullptr) {
+  Tame(const Call& call, int64_t b) : call_(call), b_(b) {
     const Shape<int64_t>& shape = call.shape;
     for (const Operand* values : {&call.values, &call.d_values, &call.ct_values, &call.d_ct_values})
       add(*values, kOfPoints, {shape.point_stride, shape.point_channel_stride, shape.channels});
@@ -525,7 +538,6 @@ class Tame {
   // Of the points in the mask `level`, the i-th of which is number n + i and has its first corner
   // at pixel[i] of a plane.
   uint64_t of(uint64_t level, const uint32_t* pixel, int64_t n) const {
-    if (none_) return 0;
     uint64_t tame = 0;
     while (level != 0) {  // a run of neighbours at a time
       const int first = __builtin_ctzll(level);
@@ -614,17 +626,15 @@ class Tame {
 
   const Call& call_;
   const int64_t b_;
-  const bool none_;
   int count_ = 0;
   Source sources_[13];  // one for each operand above
 };
 
-// The loop, with body(n, stencil, rows, channels) for plain points and rest(n, stencil) for others.
+// The loop, with body(n, stencil, rows, channels) for plain points and rest(i) for others.
 template <class Types, class Ch, class Cotangent, class Rest, class Body>
 JAXWARP_WIDE void for_plain_points(Tile<Types>& tile, const Points<Types>& points, int64_t n,
-                                   int64_t count, const int64_t (&pixel)[Types::kDims],
-                                   const Ch& channels, const Cotangent& ct_points, const Rest& rest,
-                                   Body body) {
+                                   int64_t count, const Ch& channels, const Cotangent& ct_points,
+                                   const Rest& rest, Body body) {
   for (int64_t i = 0; i < count;) {
     // A run of plain points: without a call in it, what they share stays in registers.
     const int64_t first = i, stop = std::min(i + tile.run(i), count);
@@ -641,8 +651,7 @@ JAXWARP_WIDE void for_plain_points(Tile<Types>& tile, const Points<Types>& point
         tile.emit_slopes(points.call.sampling, n + first, first, i - first, ct_points);
     }
     for (; i < count && !(tile.plain >> i & 1); ++i) {
-      if (tile.unseen >> i & 1) continue;
-      rest(n + i, tile.any_stencil(points, n + i, i, pixel));
+      if (!(tile.unseen >> i & 1)) rest(i);
     }
   }
 }
@@ -661,6 +670,9 @@ void for_points(const Call& call, int64_t b, int64_t first, int64_t last, const 
                          __attribute__((noinline)) { body(n, stencil, rows, any_channels); };
   if constexpr (kPlainLoop<Types>) {
     if (has_plain_loop<Types>(call)) {
+      // Then a point that reaches none of them has nothing to do.
+      constexpr bool kRowsAlone =
+          !std::is_same_v<RowsT, AllRows> && std::is_same_v<Cotangent, NoCotangent>;
       Rows<int64_t> all = {0, call.shape.size[D - 1]};
       if constexpr (!std::is_same_v<RowsT, AllRows>) all = rows;
       struct {
@@ -675,8 +687,12 @@ void for_points(const Call& call, int64_t b, int64_t first, int64_t last, const 
             if (!tame) tame.emplace(call, b);
             now.tile.plain |= tame->of(now.tile.level, now.tile.pixel, now.n);
           }
-          for_plain_points(now.tile, points, now.n, now.count, now.pixel, channels, ct_points,
-                           visit, body);
+          const auto rest = [&](int64_t i) {
+            const bool interior = now.tile.interior >> i & 1;
+            if (kRowsAlone && !interior && points.beyond(now.n + i, i, now.pixel)) return;
+            visit(now.n + i, now.tile.any_stencil(points, now.n + i, i, now.pixel));
+          };
+          for_plain_points(now.tile, points, now.n, now.count, channels, ct_points, rest, body);
         };
         int64_t turn = 0;
         for_tiles(points, first, last, [&](int64_t n, int64_t count, const int64_t (&pixel)[D]) {

@@ -30,8 +30,13 @@ def arrays(shape, channels, seed=0, reach=3.0):
 
 def everything(module, image, flow, ct):
     """Values and gradients."""
+
+    def softmax(image, flow):
+        logits = 3 * image[..., 0].astype(flow.dtype)
+        return module.forward_warp(image, flow, reduce="softmax", importance=logits)
+
     results = []
-    for warp in (module.backward_warp, module.forward_warp):
+    for warp in (module.backward_warp, module.forward_warp, softmax):
         out, vjp = jax.vjp(warp, image, flow)
         results += [out, *vjp(ct.astype(out.dtype))]
     return results
