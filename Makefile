@@ -22,8 +22,8 @@ DEVELOP = JAXWARP_TESTS=ON CMAKE_CUDA_ARCHITECTURES=$(or $(CUDA_ARCH),90)
 # Under CI a warning is an error, and the CUDA kernels, which do not run there, are compiled without
 # optimisation: in half the time.
 ifdef CI
-export CXXFLAGS := -Werror
-export CUDAFLAGS := -Werror=cross-execution-space-call -Xptxas=-O0
+$(VENV)/.test: export CXXFLAGS += -Werror
+$(VENV)/.test: export CUDAFLAGS += -Werror=cross-execution-space-call -Xptxas=-O0
 DEVELOP += CMAKE_CUDA_FLAGS_RELEASE=-Xcicc=-O0
 endif
 

@@ -570,19 +570,21 @@ void dispatch_types(const Call& call, Body body) {
 }
 
 // Calls body(integral_constant) for the importances of the call; only a splat takes some without a
-// peak, and only cubic weights have none.
+// peak, and cubic weights have none. What has no elements has no address: the peak is asked first,
+// which has pixels even where there are no points.
 template <class Types, bool kSplat, class Body>
 void dispatch_importances(const Call& call, Body body) {
-  if (call.importance.data == nullptr) {
-    return body(std::integral_constant<Importances, Importances::kOne>{});
+  if constexpr (Types::kMethod != Method::kCubic) {
+    if (call.peak.data != nullptr) {
+      return body(std::integral_constant<Importances, Importances::kAny>{});
+    }
   }
-  constexpr bool kPeak = Types::kMethod != Method::kCubic;
   if constexpr (kSplat) {
-    if (!kPeak || call.peak.data == nullptr) {
+    if (call.importance.data != nullptr) {
       return body(std::integral_constant<Importances, Importances::kWeight>{});
     }
   }
-  if constexpr (kPeak) body(std::integral_constant<Importances, Importances::kAny>{});
+  body(std::integral_constant<Importances, Importances::kOne>{});
 }
 
 // Calls body(integral_constant) for the reduction of the call; only a sum takes cubic weights.

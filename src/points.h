@@ -481,8 +481,9 @@ class Prefetcher {
     for (const Operand* image : {&call.image, &call.ct_image, &call.d_image}) {
       add(call, *image, b, shape.stride);
     }
-    for (const Operand* plane : {&call.coverage, &call.weight, &call.peak})
+    for (const Operand* plane : {&call.coverage, &call.weight, &call.peak}) {
       add(call, *plane, b, shape.plane_stride);
+    }
   }
   void fetch(const uint32_t* pixel, int64_t count) const {
     for (int k = 0; k < count_; ++k) {
@@ -518,7 +519,8 @@ class Prefetcher {
 
 // Finds the points on grid lines, as of a flow of zeros, that may be treated as plain: those whose
 // own numbers and whose corners' are all of ordinary size, so that a weight of zero makes zeros of
-// them. Of a call, the inputs: outputs are what the kernel writes.
+// them. Of a call, the inputs: outputs are what the kernel writes. A peak may be anything: for a
+// logit of ordinary size, w lies between 0 and 1.
 class Tame {
  public:
   Tame(const Call& call, int64_t b) : call_(call), b_(b) {
@@ -670,8 +672,8 @@ void for_points(const Call& call, int64_t b, int64_t first, int64_t last, const 
                          __attribute__((noinline)) { body(n, stencil, rows, any_channels); };
   if constexpr (kPlainLoop<Types>) {
     if (has_plain_loop<Types>(call)) {
-      // Then a point that reaches none of them has nothing to do.
-      constexpr bool kRowsAlone =
+      // Where all that comes of a point goes to rows, one without a corner has nothing to do.
+      constexpr bool kNeedsCorner =
           !std::is_same_v<RowsT, AllRows> && std::is_same_v<Cotangent, NoCotangent>;
       Rows<int64_t> all = {0, call.shape.size[D - 1]};
       if constexpr (!std::is_same_v<RowsT, AllRows>) all = rows;
@@ -689,7 +691,7 @@ void for_points(const Call& call, int64_t b, int64_t first, int64_t last, const 
           }
           const auto rest = [&](int64_t i) {
             const bool interior = now.tile.interior >> i & 1;
-            if (kRowsAlone && !interior && points.beyond(now.n + i, i, now.pixel)) return;
+            if (kNeedsCorner && !interior && points.beyond(now.n + i, i, now.pixel)) return;
             visit(now.n + i, now.tile.any_stencil(points, now.n + i, i, now.pixel));
           };
           for_plain_points(now.tile, points, now.n, now.count, channels, ct_points, rest, body);

@@ -33,7 +33,8 @@
 #endif
 #endif
 
-// Several at once: part of the C library itself, by the names of its interface for compilers.
+// exp of several numbers at once: the vector functions of glibc, by the names of x86-64's vector
+// ABI.
 #if defined(JAXWARP_MVEC) && !defined(__CUDACC__)
 typedef float jaxwarp_floats __attribute__((vector_size(16)));
 typedef double jaxwarp_doubles __attribute__((vector_size(16)));

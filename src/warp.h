@@ -121,11 +121,11 @@ JAXWARP_HD A softmax_weight(A logit, A peak) {
   return std::exp(exponent > 0 ? A(0) : exponent);
 }
 
-// Of K targets.
+// w_ij of K targets j; of a finite logit, four at once.
 template <int K, class A>
 JAXWARP_HD void softmax_weights(A logit, const A (&peak)[K], A (&weight)[K]) {
   if constexpr (kHasVectors && K % 4 == 0) {
-    if (logit - logit == 0) {  // without those limits, four at once
+    if (logit - logit == 0) {
       JAXWARP_UNROLL for (int k = 0; k < K; k += 4) {
         const Lanes<A, 4> peaks({peak[k], peak[k + 1], peak[k + 2], peak[k + 3]});
         const Lanes<A, 4> w = exp_up_to_one(Lanes<A, 4>(logit) - peaks);
@@ -135,6 +135,12 @@ JAXWARP_HD void softmax_weights(A logit, const A (&peak)[K], A (&weight)[K]) {
     }
   }
   JAXWARP_UNROLL for (int k = 0; k < K; ++k) weight[k] = softmax_weight(logit, peak[k]);
+}
+
+// weight times w, where a weight of 0 hides even a w of NaN.
+template <class A>
+JAXWARP_HD A weighted(A weight, A w) {
+  return weight == 0 ? A(0) : weight * w;
 }
 
 // What a compiler may know of the importances: all are 1; none has a peak; nothing.
@@ -332,7 +338,7 @@ JAXWARP_HD void gather_point(const Sampling& sampling, const Shape<Index>& shape
     const auto inside = [&](int k) JAXWARP_INLINE { return corner.offset[k] >= 0; };
     importance.at_corners(at, shape.plane_stride, inside, factor);
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
-      if (inside(k)) corner.weight[k] *= factor[k];
+      if (inside(k)) corner.weight[k] = weighted(corner.weight[k], factor[k]);
     });
   }
   choose<S, !I::kMayPeak>(corner.plain, [&](auto plain) JAXWARP_INLINE {
@@ -386,8 +392,9 @@ JAXWARP_HD void gather_tangent_point(const Sampling& sampling, const Shape<Index
   for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
     change[k] = S::weight_tangent(k, w, dw, d_point.points);
     if (importance.peaks() && inside(k)) {
-      change[k] = factor[k] * (change[k] + d_point.importance * corner.weight[k]);
-      corner.weight[k] *= factor[k];
+      change[k] += weighted(corner.weight[k], d_point.importance);
+      change[k] = weighted(change[k], factor[k]);
+      corner.weight[k] = weighted(corner.weight[k], factor[k]);
     }
     any_change = any_change || change[k] != 0;
   });
@@ -558,14 +565,14 @@ JAXWARP_HD void splat_point(const Sampling& sampling, const Shape<Index>& shape,
   at.weights(sampling, w);
   const Corners<S> corner(at, shape.stride, w);
   choose<S, true>(corner.plain && at.within(rows), [&](auto plain) JAXWARP_INLINE {
-    A scale[S::kCorners];  // w g(p, j)
+    A scale[S::kCorners];  // w, then w g(p, j)
     bool writes[S::kCorners];
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
       writes[k] = plain || (corner.weight[k] != 0 && corner.offset[k] >= 0 &&
                             rows.contain(at.index(k, D - 1)));
     });
     importance.at_corners(
-        at, shape.plane_stride, [&](int k) JAXWARP_INLINE { return plain || writes[k]; }, scale);
+        at, shape.plane_stride, [&](int k) JAXWARP_INLINE { return writes[k]; }, scale);
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE { scale[k] *= corner.weight[k]; });
     channels.template for_packs<V>([&](Index c, auto width) JAXWARP_INLINE {
       constexpr int N = decltype(width)::value;
@@ -673,8 +680,8 @@ JAXWARP_HD void splat_tangent_point(const Sampling& sampling, const Shape<Index>
     const A d_weight = d_point.importance * (importance.peaks() ? weight[k] : A(1));
     A divisor = 1;
     if constexpr (kDivides) writes[k] = residual.divides(j, divisor);
-    share[k] = weight[k] * corner.weight[k] / divisor;
-    change[k] = (weight[k] * dg + d_weight * corner.weight[k]) / divisor;
+    share[k] = weighted(corner.weight[k], weight[k]) / divisor;
+    change[k] = (weighted(dg, weight[k]) + weighted(corner.weight[k], d_weight)) / divisor;
     plain = plain && writes[k];
   });
   choose<S, false>(plain, [&](auto plain) JAXWARP_INLINE {

@@ -141,6 +141,14 @@ def test_right_calls_succeed(which):
             assert (np.isfinite(result) | (name == "peak")).all()
 
 
+def test_no_points_write_all_the_same():
+    shapes = {"points": (0, 2), "values": (0, 3), "importance": (0,)}
+    found = call("splat-softmax", shapes=shapes, reduce="softmax", fill_value=7.0)
+    expected = {"image": 7, "coverage": 0, "weight": 0, "peak": -np.inf}
+    for name, result in found.items():
+        np.testing.assert_array_equal(result, np.full(SHAPES[name], expected[name]))
+
+
 @pytest.mark.parametrize(
     "which",
     [

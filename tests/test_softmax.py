@@ -426,6 +426,28 @@ def test_nan_logit_reaches_only_what_it_touches(module):
     expected = values.reshape(-1, 2).copy()
     expected[source] = np.nan
     np.testing.assert_array_equal(out, expected)
+    primals = values, flow, logits
+    tangents = np.ones_like(values), np.zeros_like(flow), np.ones_like(logits)
+    d_out = jax.jvp(partial(warp, module, forward_mode=True), primals, tangents)[1].reshape(-1, 2)
+    np.testing.assert_array_equal(d_out[~np.isnan(expected)], 1)
+
+
+@pytest.mark.parametrize("shape", [(6, 70), (4, 5, 9)])
+def test_whole_displacements_and_logits_of_any_size(shape):
+    """Zero weights beside targets of any logit, or of none: the loop for plain points has both."""
+    values, _, logits, ct = inputs(np.random.default_rng(13), shape, channels=3, spread=300)
+    rng = np.random.default_rng(14)
+    flow = rng.integers(-2, 3, (*shape, len(shape))).astype(float)
+    for actual, expected in zip(
+        jax.tree.leaves(warp_and_vjp(jaxwarp)(ct, values, flow, logits)),
+        jax.tree.leaves(warp_and_vjp(reference)(ct, values, flow, logits)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+    logits[rng.random(shape) < 0.3] = -np.inf
+    logits[rng.random(shape) < 0.1] = np.inf
+    actual = warp(jaxwarp, values, flow, logits)
+    np.testing.assert_allclose(actual, warp(reference, values, flow, logits), rtol=1e-12)
 
 
 @both_modules
