@@ -429,7 +429,9 @@ def test_nan_logit_reaches_only_what_it_touches(module):
     primals = values, flow, logits
     tangents = np.ones_like(values), np.zeros_like(flow), np.ones_like(logits)
     d_out = jax.jvp(partial(warp, module, forward_mode=True), primals, tangents)[1].reshape(-1, 2)
-    np.testing.assert_array_equal(d_out[~np.isnan(expected)], 1)
+    # The tangent sees it where the weight would change, too, but not across the corner.
+    slopes = [source, source + 1, source + logits.shape[1]]
+    np.testing.assert_allclose(np.delete(d_out, slopes, axis=0), 1, rtol=1e-14)
 
 
 @pytest.mark.parametrize("shape", [(6, 70), (4, 5, 9)])
