@@ -793,7 +793,7 @@ JAXWARP_HD void splat_vjp_point(const Sampling& sampling, const Shape<Index>& sh
       if constexpr (kDivides) pull[k] *= inverse[k];
       if constexpr (!I::kIsOne) {
         const A per_weight = pull[k];
-        pull[k] = plain || weight[k] != 0 ? weight[k] * per_weight : A(0);
+        pull[k] = plain ? weight[k] * per_weight : weighted(weight[k], per_weight);
         if (!plain && corner.weight[k] == 0) return;
         ct_importance += (R == Reduce::kSoftmax ? pull[k] : per_weight) * corner.weight[k];
       }
