@@ -172,3 +172,12 @@ def test_deterministic_is_accepted(monkeypatch):
         for deterministic in (None, True, False):
             out = jaxwarp.forward_warp(image, flow, deterministic=deterministic)
             np.testing.assert_array_equal(out, image)
+
+
+@pytest.mark.parametrize("part", ["", "nanobind/", "robin_map/"])
+def test_licences_are_installed(part):
+    """That of the package, and those of what is compiled into its modules."""
+    files = importlib.metadata.files("jaxwarp")
+    (license,) = (f for f in files if str(f).endswith(f".dist-info/licenses/{part}LICENSE"))
+    text = license.read_text()
+    assert "Copyright" in text and "WARRANT" in text
