@@ -42,13 +42,19 @@ def everything(module, image, flow, ct):
     return results
 
 
+REFERENCE = jax.jit(partial(everything, jaxwarp.reference))
+
+
 def check(image, flow, ct, dtype="float32"):
     """The kernels against the reference in float64, from the same numbers."""
     real = np.float64 if dtype == "float64" else np.float32
-    inputs = image.astype(dtype), flow.astype(real), ct.astype(dtype)
-    actual = jax.jit(partial(everything, jaxwarp))(*inputs)
-    exact = jax.jit(partial(everything, jaxwarp.reference))(*(np.float64(x) for x in inputs))
+    image, flow, ct = image.astype(dtype), flow.astype(real), ct.astype(dtype)
+    actual = jax.jit(partial(everything, jaxwarp))(image, flow, ct)
+    # Channels of zeros change nothing else: so the reference is compiled once for each shape.
+    zeros = [(0, 0)] * (image.ndim - 1) + [(0, CHANNELS[-1] - image.shape[-1])]
+    exact = REFERENCE(*(np.float64(x) for x in (np.pad(image, zeros), flow, np.pad(ct, zeros))))
     for a, e in zip(actual, exact, strict=True):
+        e = e[..., : a.shape[-1]]
         scale = np.abs(e).max() + 1
         np.testing.assert_allclose(
             np.float64(a), e, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale
