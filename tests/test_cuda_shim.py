@@ -316,6 +316,16 @@ def test_more_than_one_block(monkeypatch):
     cases.assert_close(actual, expected, TOLERANCE["float32"])
 
 
+def test_more_batches_than_blocks(monkeypatch):
+    """Of 65535 blocks along y, the first take the last batch elements as well."""
+    rng, shape = np.random.default_rng(0), (65_540, 1, 2)
+    image = rng.standard_normal((*shape, 1))
+    flow = rng.integers(-64, 64, (*shape, 2)) / 64
+    function = value_and_cotangents(jaxwarp.backward_warp)
+    actual, expected = on_both(monkeypatch, function, image, flow)
+    cases.assert_close(actual, expected, TOLERANCE["float64"])
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_images_past_31_bits(monkeypatch, dims):
     """Indices of 64 bits, in the gather and in the gradient in the positions."""

@@ -1,4 +1,9 @@
-"""The CUDA kernels on a GPU, against the reference on the CPU. `make test-gpu` runs this file."""
+"""The CUDA kernels on a GPU, against the reference on the CPU. `make test-gpu` runs this file.
+
+Several processes may share the card: no test takes more than 12 GiB of it.
+"""
+
+from functools import partial
 
 import cases
 import jax
@@ -91,6 +96,140 @@ def test_large_arrays_and_a_shared_image(reach):
     # The CPU kernels are held against the reference in the other files; that one is slow here.
     expected = on_cpu(value_and_cotangents(warps(jaxwarp)), image, flow, w)
     cases.assert_close(actual, expected, SINGLE)
+
+
+# Arrays of 2^29 elements and more take indices of 64 bits. Such an array is a tile that repeats,
+# and so is all that comes of it where the boundaries wrap: every element is compared, those near
+# the ends among them, and the host sees only the tile. No power of two is a multiple of its sides,
+# so that an index which has lost its upper bits meets another element.
+TILE = (125, 129)
+MANY, FEWER = (92, 91), (46, 46)  # copies: 2^27 pixels and 2^25, and some more
+
+
+def tiled(tile, copies):
+    (ny, nx), (h, w, channels) = copies, tile.shape
+    side_by_side = jnp.broadcast_to(tile[None, :, None], (ny, h, nx, w, channels))
+    return side_by_side.reshape(ny * h, nx * w, channels)
+
+
+def extremes(array, copies):
+    """Of each element of the tile, the least and the greatest of its copies."""
+    (ny, nx), (h, w) = copies, TILE
+
+    def of_row(row):  # one row of tiles at a time, which takes little memory
+        row = row.astype(jnp.float32)
+        return row.min(1), row.max(1)
+
+    low, high = jax.lax.map(of_row, array.reshape(ny, h, nx, w, -1))
+    return low.min(0), high.max(0)
+
+
+def tiles(dtype, channels, flow_dtype="float32"):
+    """Image, flow and cotangent; steps of 1/8 keep what an average divides by from being small."""
+    rng = np.random.default_rng(0)
+    image, ct = rng.standard_normal((2, *TILE, channels)).astype(jnp.dtype(dtype))
+    flow = (rng.integers(-12, 13, (*TILE, 2)) / 8).astype(flow_dtype)
+    return image, flow, ct
+
+
+def assert_each_copy_close(actual, expected, tolerance):
+    for (low, high), e in zip(actual, jax.tree.leaves(expected), strict=True):
+        cases.assert_close((low, high), (e, e), tolerance)
+
+
+def pulled(function):
+    def run(image, flow, ct):
+        out, vjp = jax.vjp(function, image, flow)
+        return out, *vjp(ct.astype(out.dtype))
+
+    return run
+
+
+def test_a_flow_past_31_bits():
+    """More than 2^31 elements in image and result: 4 GiB each."""
+    warp = partial(jaxwarp.backward_warp, boundary="wrap")
+    image, flow, _ = tiles("float16", 16, "float16")
+    assert np.prod(MANY) * image.size > 2**31
+
+    def run(image, flow):
+        return [extremes(warp(tiled(image, MANY), tiled(flow, MANY)), MANY)]
+
+    expected = on_cpu(
+        partial(reference.backward_warp, boundary="wrap"), image.astype(np.float64), flow
+    )
+    assert_each_copy_close(on_gpu(run, image, flow), expected, TOLERANCE["float16"])
+
+
+def test_points_past_31_bits():
+    """More than 2^31 pixels of float32, 8 GiB: sums into the four corners, samples of them, and
+    slopes. A small canvas of the corners alone has the same."""
+    side, large = 16, (46_400, 46_400)
+    assert np.prod(large) > 2**31
+    rng = np.random.default_rng(0)
+    points = rng.integers(-64, (side + 1) * 64, (4000, 2)) / 64
+    half = side // 2
+    seam = ((points > half - 2) & (points < half + 1)).any(-1)  # what the canvas has put together
+    points = points[~seam].astype(np.float32)
+    far = points + (points > half) * (np.float32(large[::-1]) - side)
+    values, ct = rng.standard_normal((2, len(points), 1)).astype(np.float32)
+
+    def corners(module, shape):
+        def run(values, points, ct):
+            image = module.splat(values, points, shape)
+            out, vjp = jax.vjp(lambda points: module.gather(image, points), points)
+            ends = (slice(None, half), slice(-half, None))
+            return jnp.block([[image[y, x, 0] for x in ends] for y in ends]), out, *vjp(ct)
+
+        return run
+
+    expected = on_cpu(
+        corners(reference, (side, side)), *(a.astype(np.float64) for a in (values, points, ct))
+    )
+    cases.assert_close(on_gpu(corners(jaxwarp, large), values, far, ct), expected, SINGLE)
+
+
+@pytest.mark.parametrize("op", ["backward_warp", "forward_warp"])
+@pytest.mark.parametrize(
+    ("dtype", "channels", "copies"),
+    [("float32", 2, MANY), ("bfloat16", 16, FEWER)],
+    ids=["float32", "bfloat16"],
+)
+def test_gradients_with_64_bit_indices(op, dtype, channels, copies):
+    arrays = tiles(dtype, channels)
+    assert np.prod(copies) * np.prod(TILE) * max(channels, 4) >= 2**29
+
+    for options in [{}] if op == "backward_warp" else [{"reduce": "sum"}, {"reduce": "average"}]:
+
+        def warp(module, options=options):
+            return pulled(partial(getattr(module, op), boundary="wrap", **options))
+
+        def run(*arrays, warp=warp):
+            results = warp(jaxwarp)(*(tiled(a, copies) for a in arrays))
+            return [extremes(result, copies) for result in results]
+
+        expected = on_cpu(warp(reference), *(a.astype(np.float64) for a in arrays))
+        assert_each_copy_close(on_gpu(run, *arrays), expected, 4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0), (None, 0), (0, None)], ids=str)
+def test_more_batches_than_blocks(in_axes):
+    """A grid has 65535 blocks along y: the first of them take the last batch elements as well."""
+    rng, shape = np.random.default_rng(0), (65_540, 3, 4, 2)
+    arrays = rng.standard_normal(shape), rng.integers(-96, 96, shape) / 64
+    arrays = [a if axis == 0 else a[0] for a, axis in zip(arrays, in_axes, strict=True)]
+
+    def warps(module):
+        def run(image, flow):
+            return (
+                module.backward_warp(image, flow, boundary="nearest"),
+                module.forward_warp(image, flow, reduce="sum"),
+                module.forward_warp(image, flow),
+            )
+
+        return value_and_cotangents(jax.vmap(run, in_axes))
+
+    expected = on_cpu(warps(reference), *arrays)
+    cases.assert_close(on_gpu(warps(jaxwarp), *arrays), expected, AVERAGED)
 
 
 @pytest.mark.parametrize("case", cases.FEW, ids=str)
