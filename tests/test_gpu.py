@@ -277,6 +277,28 @@ def test_values_alone_are_the_same_in_every_run():
         np.testing.assert_array_equal(warp(image, flow), first)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_subnormal_numbers_are_kept_or_zero(dtype, channels, deterministic):
+    """Of float32 numbers below 2^-126 nothing else may come. A GPU's atomic additions take such
+    parts and sums as 0; on the CPU, XLA's threads take them so in every operation."""
+    parts = np.random.default_rng(0).integers(1, 100, (2, 6, channels)) * 2.0**-133
+    points = np.broadcast_to(np.stack([np.arange(6), np.zeros(6)], -1), (2, 6, 2)).astype("float32")
+
+    def run(parts):
+        image, gather = parts[:1], partial(jaxwarp.gather, deterministic=deterministic)
+        sums = jaxwarp.splat(parts, points, (1, 6), deterministic=deterministic)
+        out, vjp = jax.vjp(lambda image: gather(image, points[0]), image)
+        return sums[0], out, vjp(parts[1])[0][0]
+
+    actual = on_gpu(run, parts.astype(jnp.dtype(dtype)))
+    for a, e in zip(actual, (parts.sum(0), parts[0], parts[1]), strict=True):
+        e = e.astype(jnp.dtype(dtype)).astype(np.float64)
+        a = np.asarray(a).astype(np.float64)
+        np.testing.assert_array_equal(a, np.where(a == 0, 0, e))
+
+
 @pytest.mark.parametrize("reduce", ["sum", "average", "softmax"])
 def test_deterministic(reduce):
     """One set of bits in 20 runs, and without it at least two, or nothing is shown."""
