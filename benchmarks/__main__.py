@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import select
 import subprocess
 import sys
 import time
@@ -21,12 +22,20 @@ from benchmarks.peers import LIBRARIES, PEERS
 REFERENCE = "reference"  # jaxwarp.reference, with which all others are compared
 ROUNDS = 3
 NORMALISED = ("torch", "torch channels_last", "torch.compile")  # the positions that they take
+PATIENCE = 600.0  # seconds for an answer, unless --patience says otherwise
+ON_GPU = tuple(p for p in PEERS if p not in (REFERENCE, "map_coordinates", "opencv"))
 
 
 class Worker:
-    """A process of benchmarks/worker.py."""
+    """A process of benchmarks/worker.py; ended where an answer takes longer than `patience`."""
 
-    def __init__(self, library: str, threads: list[int]) -> None:
+    def __init__(self, library: str, threads: list[int], patience: float) -> None:
+        self.library, self.threads, self.patience = library, threads, patience
+        self.start()
+
+    def start(self) -> None:
+        library, threads = self.library, self.threads
+        self.read, self.late = b"", ""  # what came and was not asked for yet; why no more comes
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         environment = {
@@ -39,7 +48,6 @@ class Worker:
             [sys.executable, "-m", "benchmarks.worker", library, str(len(threads))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
             env=environment,
         )
         if hasattr(os, "sched_setaffinity"):
@@ -47,11 +55,30 @@ class Worker:
 
     def send(self, **request) -> None:
         with contextlib.suppress(BrokenPipeError):  # receive() says so
-            print(json.dumps(request), file=self.process.stdin, flush=True)
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
 
     def receive(self) -> dict:
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else {"error": f"ended, status {self.process.wait()}"}
+        """The next reply. Those that follow it may have come with it, and wait in self.read."""
+        while b"\n" not in self.read and not self.late:
+            if not select.select([self.process.stdout], [], [], self.patience)[0]:
+                self.process.kill()
+                self.late = f"no answer in {self.patience:.0f} s"
+            elif part := os.read(self.process.stdout.fileno(), 2**20):
+                self.read += part
+            else:
+                self.late = f"ended, status {self.process.wait()}"
+        if b"\n" not in self.read:
+            return {"error": self.late}
+        line, _, self.read = self.read.partition(b"\n")
+        return json.loads(line)
+
+    def renew(self) -> None:
+        """A new process: an error on a GPU can spoil all that the old one would do later."""
+        self.process.kill()
+        self.process.wait()
+        self.start()
+        self.receive()
 
     def ask(self, **request) -> dict:
         self.send(**request)
@@ -118,8 +145,10 @@ def run(case: Case, peers: list[str], workers: dict[str, Worker], *, seconds: fl
                 entry["correct"] = entry["difference"] <= tolerance(case, peer)
                 if not entry["correct"]:
                     entry["error"] = f"wrong result ({mode}): off by {found:.2g}"
-    for worker in workers.values():
-        worker.ask(do="drop")
+    failed = {PEERS[peer] for peer, entry in entries.items() if "error" in entry}
+    for library, worker in workers.items():
+        if library in failed or "error" in worker.ask(do="drop"):
+            worker.renew()
     for peer, entry in entries.items():
         entry |= {mode: summary(found) for mode, found in times[peer].items() if found}
     return list(entries.values())
@@ -139,6 +168,7 @@ def arguments() -> argparse.Namespace:
     many = parser.add_mutually_exclusive_group()
     many.add_argument("--full", action="store_true", help="all products of the cases")
     many.add_argument("--quick", action="store_true", help="a smoke run on tiny images")
+    many.add_argument("--gpu", action="store_true", help="the twelve cases of a GPU's report")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument(
         "--peers", nargs="+", choices=PEERS, metavar="PEER", help="of " + ", ".join(PEERS)
@@ -149,26 +179,30 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of every peer; default: all processors")
     parser.add_argument("--seconds", type=float, default=0.3, help="per peer, case and figure")
     parser.add_argument("--minutes", type=float, help="start no further case after this time")
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE, help="seconds that a library has to answer"
+    )
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     return parser.parse_args()
 
 
 def main() -> int:
     options = arguments()
-    chosen = cases.full() if options.full else cases.quick() if options.quick else cases.default()
-    chosen = [case for case in chosen if options.only in str(case)]
+    given = [name for name in ("full", "quick", "gpu") if getattr(options, name)] or ["default"]
+    chosen = [case for case in getattr(cases, given[0])() if options.only in str(case)]
     if options.list:
         print(*chosen, sep="\n")
         return 0
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     threads = sorted(affinity(0))[: options.threads]
     usual = [peer for peer in PEERS if options.full or peer != REFERENCE]
+    usual = ON_GPU if options.gpu else usual
     peers = list(dict.fromkeys(["jaxwarp", "copy", *(options.peers or usual)]))
 
     start, workers = time.monotonic(), {}
     data = {"machine": machine(len(threads)), "missing": {}, "not run": [], "results": []}
     for library in dict.fromkeys(["jaxwarp", PEERS[REFERENCE], *map(PEERS.get, peers)]):
-        workers[library] = Worker(library, threads)
+        workers[library] = Worker(library, threads, options.patience)
         if library == "jaxwarp":  # an editable install builds on import, once
             hello = {library: workers[library].receive()}
     hello |= {name: worker.receive() for name, worker in workers.items() if name not in hello}
@@ -189,12 +223,16 @@ def main() -> int:
             continue
         entries = run(case, peers, workers, seconds=0.02 if options.quick else options.seconds)
         data["results"] += [report.relate(entry, entries, case) for entry in entries]
+        data["seconds"] = time.monotonic() - start
+        report.write(data, options.out)
         print(report.line(case, entries), flush=True)
     for worker in workers.values():
         worker.process.stdin.close()
         worker.process.wait()
     data["seconds"] = time.monotonic() - start
     report.write(data, options.out)
+    if not options.gpu:
+        report.draw(data, options.out)
     print(report.footer(data, options.out))
     return 1 if report.errors(data) else 0
 

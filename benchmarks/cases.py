@@ -147,6 +147,26 @@ def quick() -> list[Case]:
     return [*tiny, jvp, half, shared]
 
 
+def gpu() -> list[Case]:
+    """The twelve that say most about a GPU in few minutes, the most important ones first."""
+    every = "all gradients"
+    large, volume, deep = "2160x3840x4", "128x128x128x1", "8x256x256x64"
+    return [
+        Case(operation="backward_warp", size=large),
+        Case(operation="backward_warp", order=every, size=large),
+        Case(operation="forward_average"),
+        Case(operation="forward_average", order=every),
+        Case(operation="backward_warp"),
+        Case(operation="backward_warp", order=every),
+        Case(operation="forward_average", motion="random"),
+        Case(operation="backward_warp", order=every, motion="random"),
+        Case(operation="backward_warp", motion="random"),
+        Case(operation="forward_softmax", order=every),
+        Case(operation="backward_warp", order=every, size=deep),
+        Case(operation="backward_warp", order=every, size=volume),
+    ]
+
+
 def inputs(case: Case) -> dict[str, np.ndarray]:
     """image, flow, and where they are used: importance, ct, d_image, d_flow; channels last.
 

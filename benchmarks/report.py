@@ -72,9 +72,17 @@ def line(case: Case, entries: list[dict]) -> str:
 
 
 def write(data: dict, folder: Path) -> None:
+    """After every case: what is measured is there whenever the run ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(data, indent=1))
-    (folder / "results.md").write_text(markdown(data))
+    for name, text in {
+        "results.json": json.dumps(data, indent=1),
+        "results.md": markdown(data),
+    }.items():
+        (folder / (name + ".part")).write_text(text)
+        (folder / (name + ".part")).replace(folder / name)
+
+
+def draw(data: dict, folder: Path) -> None:
     try:
         plot(data, folder / "results.png")
         plot_peers(data, folder / "speed.png")

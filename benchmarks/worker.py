@@ -55,11 +55,12 @@ def measure(program: Program, *, warm: bool, seconds: float, count: int, last: f
     times: list[float] = []
     end = time.perf_counter() + seconds
     while not times or (time.perf_counter() < end and len(times) < count):
-        calls = max(1, min(10000, int(min(WARM_SECONDS, seconds) / last))) if warm else 1
+        work = program.work if warm else 1
+        calls = max(1, min(10000, int(min(WARM_SECONDS, seconds) / last / work))) if warm else 1
         result = None  # freed before the clock starts
         start = time.perf_counter()
         result = program.warm(calls) if warm else program.cold()
-        last = (time.perf_counter() - start) / calls
+        last = (time.perf_counter() - start) / calls / work
         times.append(last)
     return {"times": times, "sample": sample(program.read(result))}
 

@@ -1,6 +1,7 @@
 """The CUDA kernels on a GPU, against the reference on the CPU. `make test-gpu` runs this file.
 
-Several processes may share the card: no test takes more than 12 GiB of it.
+Several processes may share the card: no test takes more than 12 GiB of it, and `--dist loadgroup`
+gives those that take more than one to the same process.
 """
 
 from functools import partial
@@ -15,6 +16,7 @@ import jaxwarp
 from jaxwarp import reference
 
 pytestmark = pytest.mark.gpu
+LARGE = pytest.mark.xdist_group("large")
 
 # Atomic additions come in any order: float64 sums of a few numbers near 1, and what dividing them
 # by the least D_j, (1/64)^3, makes of their rounding.
@@ -145,6 +147,7 @@ def pulled(function):
     return run
 
 
+@LARGE
 def test_a_flow_past_31_bits():
     """More than 2^31 elements in image and result: 4 GiB each."""
     warp = partial(jaxwarp.backward_warp, boundary="wrap")
@@ -160,6 +163,7 @@ def test_a_flow_past_31_bits():
     assert_each_copy_close(on_gpu(run, image, flow), expected, TOLERANCE["float16"])
 
 
+@LARGE
 def test_points_past_31_bits():
     """More than 2^31 pixels of float32, 8 GiB: sums into the four corners, samples of them, and
     slopes. A small canvas of the corners alone has the same."""
@@ -188,6 +192,7 @@ def test_points_past_31_bits():
     cases.assert_close(on_gpu(corners(jaxwarp, large), values, far, ct), expected, SINGLE)
 
 
+@LARGE
 @pytest.mark.parametrize("op", ["backward_warp", "forward_warp"])
 @pytest.mark.parametrize(
     ("dtype", "channels", "copies"),

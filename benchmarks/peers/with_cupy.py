@@ -5,7 +5,7 @@ import numpy as np
 
 from benchmarks import cases
 from benchmarks.cases import Case
-from benchmarks.peers import Program, Unsupported
+from benchmarks.peers import ROTATED, Program, Unsupported
 
 SPLAT = cupy.RawKernel(
     r"""
@@ -39,11 +39,12 @@ def build(*, peer: str, case: Case, threads: int) -> Program:
         raise Unsupported("values of a sum or an average only")
     if case.dtype != "float32" or len(case.spatial) != 2 or len(case.image) != len(case.flow):
         raise Unsupported("2-D float32 with a flow for each image only")
-    arrays = {name: cupy.asarray(array) for name, array in cases.inputs(case).items()}
+    inputs = cases.inputs(case)
+    sets = [{n: cupy.array(array) for n, array in inputs.items()} for _ in range(ROTATED)]
     channels = case.image[-1]
-    total = cupy.empty((*case.out[:-1], channels + average), np.float32)
+    totals = [cupy.empty((*case.out[:-1], channels + average), np.float32) for _ in sets]
 
-    def call(total: cupy.ndarray) -> cupy.ndarray:
+    def call(arrays: dict[str, cupy.ndarray], total: cupy.ndarray) -> cupy.ndarray:
         total.fill(0)
         sizes = (np.int64(case.pixels), *map(np.int32, (*case.spatial, channels, total.shape[-1])))
         SPLAT((-(-case.pixels // 256),), (256,), (arrays["image"], arrays["flow"], total, *sizes))
@@ -58,11 +59,13 @@ def build(*, peer: str, case: Case, threads: int) -> Program:
 
     def warm(count: int) -> cupy.ndarray:
         for _ in range(count):
-            result = call(total)
+            for arrays, total in zip(sets, totals, strict=True):
+                result = call(arrays, total)
         return wait(result)
 
     return Program(
-        cold=lambda: wait(call(cupy.empty_like(total))),
+        cold=lambda: wait(call(sets[0], cupy.empty_like(totals[0]))),
         warm=warm,
         read=lambda result: [cupy.asnumpy(result)],
+        work=len(sets),
     )

@@ -15,7 +15,9 @@ from jax.scipy import ndimage
 import jaxwarp
 from benchmarks import cases
 from benchmarks.cases import Case
-from benchmarks.peers import Program, Unsupported
+from benchmarks.peers import ROTATED, Program, Unsupported
+
+COPIED = 2**30  # bytes of the array that is copied on a GPU: many times its cache
 
 
 def versions() -> dict[str, str]:
@@ -137,6 +139,29 @@ def program(function: Callable, case: Case, *, normalised: bool = False) -> Prog
     run = differentiated(function, case.order)
     call = jax.jit(run)
 
+    def read(results: tuple[jax.Array, ...]) -> list[np.ndarray]:
+        found = list(map(np.asarray, results))
+        if normalised:
+            for k, name in enumerate(case.results):
+                gradient = name == "flow"
+                found[k] = (
+                    cases.per_pixel(case, found[k])
+                    if gradient
+                    else np.moveaxis(found[k], first, -1)
+                )
+        return found
+
+    def cold() -> tuple[jax.Array, ...]:
+        return jax.block_until_ready(call(flow, others))
+
+    if jax.default_backend() == "cpu":
+        return Program(cold=cold, warm=repeated(run, flow, others), read=read)
+    return Program(cold=cold, warm=rotated(run, flow, others), read=read, work=ROTATED)
+
+
+def repeated(run: Callable, flow: jax.Array, others: dict[str, jax.Array]) -> Callable:
+    """Calls in a loop of XLA, for a CPU."""
+
     # Each turn takes a number of the last result into the flow, times 0: so no turn can be left
     # out, and the flow and the results stay in their (donated) buffers. The barrier keeps the
     # number out of the update, which XLA would else fuse with it, and then copy the whole flow.
@@ -157,31 +182,48 @@ def program(function: Callable, case: Case, *, normalised: bool = False) -> Prog
     def warm(count: int) -> tuple[jax.Array, ...]:
         nonlocal state
         if state is None:
-            state = flow + 0, call(flow, others)
+            state = flow + 0, jax.jit(run)(flow, others)
         state = jax.block_until_ready(loop(count, state, others))
         return state[1]
 
-    def read(results: tuple[jax.Array, ...]) -> list[np.ndarray]:
-        found = list(map(np.asarray, results))
-        if normalised:
-            for k, name in enumerate(case.results):
-                flow = name == "flow"
-                found[k] = (
-                    cases.per_pixel(case, found[k]) if flow else np.moveaxis(found[k], first, -1)
-                )
-        return found
+    return warm
 
-    return Program(cold=lambda: jax.block_until_ready(call(flow, others)), warm=warm, read=read)
+
+def rotated(run: Callable, flow: jax.Array, others: dict[str, jax.Array]) -> Callable:
+    """Calls on inputs in rotation, for a GPU: enqueued one after the other, waited for at the end.
+
+    The results of the last turn are donated to the next: so the addresses stay, and a CUDA graph
+    that XLA may have made of the calls needs no update.
+    """
+    inputs = [jax.tree.map(jnp.copy, (flow, others)) for _ in range(ROTATED)]
+
+    @partial(jax.jit, donate_argnums=1, keep_unused=True)
+    def turn(inputs, results):
+        return [run(*each) for each in inputs]
+
+    results = None
+
+    def warm(count: int) -> tuple[jax.Array, ...]:
+        nonlocal results
+        if results is None:
+            shapes = jax.eval_shape(turn, inputs, None)
+            results = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        for _ in range(count):
+            results = turn(inputs, results)
+        return jax.block_until_ready(results)[-1]
+
+    return warm
 
 
 def copy(case: Case, threads: int) -> Program:
     """Reads and writes as many bytes as the case must, half of them each.
 
     Cold: a jitted negation (a jitted copy is left out by XLA). Warm: NumPy's copy in threads on a
-    CPU; on a GPU the negation in a jitted loop.
+    CPU; on a GPU the negation of an array of 1 GiB, of which the case takes its share of time.
     """
     source = jnp.ones(case.bytes() // 8, jnp.float32)
     call = jax.jit(jnp.negative)
+    work = 1.0
     if jax.default_backend() == "cpu":
         parts = np.array_split(np.array(source), threads)
         targets = [part.copy() for part in parts]
@@ -195,13 +237,17 @@ def copy(case: Case, threads: int) -> Program:
             list(pool.map(partial(repeat, count), parts, targets))
 
     else:
-        loop = jax.jit(lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: -x, x), donate_argnums=1)
-        buffer = source + 0
+        large = jnp.ones(COPIED // 4, jnp.float32)
+        work = 2 * COPIED / case.bytes()
 
         def warm(count: int) -> None:
-            nonlocal buffer
-            buffer = jax.block_until_ready(loop(count, buffer))
+            for _ in range(count):
+                result = call(large)
+            jax.block_until_ready(result)
 
     return Program(
-        cold=lambda: jax.block_until_ready(call(source)), warm=warm, read=lambda results: []
+        cold=lambda: jax.block_until_ready(call(source)),
+        warm=warm,
+        read=lambda results: [],
+        work=work,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import Case
-from benchmarks.peers import Program, Unsupported
+from benchmarks.peers import ROTATED, Program, Unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BILINEAR_ZEROS = 0, 0, False  # mode, padding, align_corners of the aten operators
@@ -36,12 +36,12 @@ def build(*, peer: str, case: Case, threads: int) -> Program:
         raise Unsupported("splats only" if peer == "torch index_add" else "samples only")
     if peer == "torch.compile" and not splat and case.order != "value":
         raise Unsupported("gradients of samples are those of the kernel")
-    arrays = {name: torch.tensor(a, device=DEVICE) for name, a in cases.inputs(case).items()}
-    if splat:
-        call = splatting(case, arrays, compiled=peer == "torch.compile")
-        read: Callable = detached
-    else:
-        call, read = sampling(case, arrays, peer)
+    bind, read = splatting(case, peer) if splat else sampling(case, peer)
+    inputs = cases.inputs(case)
+    calls = [
+        bind({name: torch.tensor(array, device=DEVICE) for name, array in inputs.items()})
+        for _ in range(ROTATED if DEVICE == "cuda" else 1)
+    ]
 
     def wait(results: list[Tensor]) -> list[Tensor]:
         if DEVICE == "cuda":
@@ -50,23 +50,23 @@ def build(*, peer: str, case: Case, threads: int) -> Program:
 
     def warm(count: int) -> list[Tensor]:
         for _ in range(count):
-            results = call()
+            for call in calls:
+                results = call()
         return wait(results)
 
-    return Program(cold=lambda: wait(call()), warm=warm, read=read)
+    return Program(cold=lambda: wait(calls[0]()), warm=warm, read=read, work=len(calls))
 
 
 def detached(results: list[Tensor]) -> list[np.ndarray]:
     return [result.detach().cpu().numpy() for result in results]
 
 
-def sampling(case: Case, arrays: dict[str, Tensor], peer: str) -> tuple[Callable, Callable]:
+def sampling(case: Case, peer: str) -> tuple[Callable, Callable]:
+    """What binds the calls to arrays, and what reads their results."""
     dims = len(case.spatial)
     # The flows of a shared image stand on top of each other: one image, one tall grid.
     batch = 1 if len(case.flow) > len(case.image) else -1
     tall = (-1, *case.spatial[1:]) if batch == 1 else case.spatial
-    at = torch.tensor(cases.grid(arrays["flow"].cpu().numpy()), device=DEVICE)
-    at = at.reshape(batch, *tall, dims)
     layout = torch.channels_last if dims == 2 else torch.channels_last_3d
     if peer != "torch channels_last":
         layout = torch.contiguous_format
@@ -75,19 +75,25 @@ def sampling(case: Case, arrays: dict[str, Tensor], peer: str) -> tuple[Callable
         array = array.reshape(batch, *spatial, array.shape[-1]).movedim(-1, 1)
         return array.contiguous(memory_format=layout)
 
-    image = first(arrays["image"], case.spatial)
-    ct = first(arrays["ct"], tall) if "ct" in arrays else None
     forward = getattr(torch.ops.aten, f"grid_sampler_{dims}d").default
     backward = getattr(torch.ops.aten, f"grid_sampler_{dims}d_backward").default
     if peer == "torch.compile":
         forward = torch.compile(forward)
 
-    @torch.no_grad()
-    def call() -> list[Tensor]:
-        wanted = [name in case.results for name in ("image", "flow")]
-        out = [forward(image, at, *BILINEAR_ZEROS)] if "out" in case.results else []
-        grads = backward(ct, image, at, *BILINEAR_ZEROS, wanted) if any(wanted) else ()
-        return [*out, *(g for g, asked in zip(grads, wanted, strict=False) if asked)]
+    def bind(arrays: dict[str, Tensor]) -> Callable:
+        at = torch.tensor(cases.grid(arrays["flow"].cpu().numpy()), device=DEVICE)
+        at = at.reshape(batch, *tall, dims)
+        image = first(arrays["image"], case.spatial)
+        ct = first(arrays["ct"], tall) if "ct" in arrays else None
+
+        @torch.no_grad()
+        def call() -> list[Tensor]:
+            wanted = [name in case.results for name in ("image", "flow")]
+            out = [forward(image, at, *BILINEAR_ZEROS)] if "out" in case.results else []
+            grads = backward(ct, image, at, *BILINEAR_ZEROS, wanted) if any(wanted) else ()
+            return [*out, *(g for g, asked in zip(grads, wanted, strict=False) if asked)]
+
+        return call
 
     def read(results: list[Tensor]) -> list[np.ndarray]:
         shapes = {"out": case.out, "image": case.image}
@@ -98,10 +104,11 @@ def sampling(case: Case, arrays: dict[str, Tensor], peer: str) -> tuple[Callable
             for name, result in zip(case.results, results, strict=True)
         ]
 
-    return call, read
+    return bind, read
 
 
-def splatting(case: Case, arrays: dict[str, Tensor], *, compiled: bool) -> Callable:
+def splatting(case: Case, peer: str) -> tuple[Callable, Callable]:
+    """What binds the calls to arrays, and what reads their results."""
     dims, spatial = len(case.spatial), case.spatial
     reduce = case.operation.removeprefix("forward_")
     axes = torch.meshgrid(*(torch.arange(n, device=DEVICE) for n in spatial), indexing="ij")
@@ -139,16 +146,20 @@ def splatting(case: Case, arrays: dict[str, Tensor], *, compiled: bool) -> Calla
             total = total[:, :-1] / torch.where(below > 0, below, 1)
         return total.reshape(case.out)
 
-    function = torch.compile(splat) if compiled else splat
-    operands = [arrays[name] for name in ("image", "flow", "importance") if name in arrays]
-    wanted = {"value": [], "flow gradient": operands[1:2]}.get(case.order, operands)
-    for operand in wanted:
-        operand.requires_grad_()
+    function = torch.compile(splat) if peer == "torch.compile" else splat
 
-    def call() -> list[Tensor]:
-        with torch.set_grad_enabled(bool(wanted)):
-            out = function(*operands)
-        grads = torch.autograd.grad(out, wanted, arrays["ct"]) if wanted else ()
-        return [*grads] if case.order == "flow gradient" else [out, *grads]
+    def bind(arrays: dict[str, Tensor]) -> Callable:
+        operands = [arrays[name] for name in ("image", "flow", "importance") if name in arrays]
+        wanted = {"value": [], "flow gradient": operands[1:2]}.get(case.order, operands)
+        for operand in wanted:
+            operand.requires_grad_()
 
-    return call
+        def call() -> list[Tensor]:
+            with torch.set_grad_enabled(bool(wanted)):
+                out = function(*operands)
+            grads = torch.autograd.grad(out, wanted, arrays["ct"]) if wanted else ()
+            return [*grads] if case.order == "flow gradient" else [out, *grads]
+
+        return call
+
+    return bind, detached
