@@ -12,7 +12,8 @@ FUZZ_ARGS ?= -max_total_time=1800
 FUZZ_EXAMPLES ?= 1000
 
 BIN := $(abspath $(VENV))/bin
-CXX_FILES = $(filter-out %.cmake,$(wildcard src/* tests/cuda_shim/* tests/native/*.cc))
+CXX_FILES = $(filter-out %.cmake,$(wildcard src/* tests/cuda_shim/* tests/native/*.cc \
+  benchmarks/gpu/*.cu))
 
 # pip's options for CMake variables: $(call define,NAME=VALUE ...)
 define = $(foreach variable,$(1),'--config-settings=cmake.define.$(variable)')
