@@ -19,6 +19,13 @@ struct CudaKernels {
   static void splat_vjp(cudaStream_t stream, const Call& call);
 };
 
+// The widest access of a thread. XLA aligns its arrays to it and should refuse others; one that
+// came through all the same would end the process's CUDA context, so nothing here relies on it.
+constexpr int kPackBytes = 16;
+inline bool is_aligned(const Operand& operand) {
+  return reinterpret_cast<uintptr_t>(operand.data) % kPackBytes == 0;
+}
+
 #if defined(JAXWARP_METHOD)
 namespace {
 
@@ -26,7 +33,6 @@ struct Launch {
   static constexpr int kThreads =
       256;  // 8 warps: a full multiprocessor from 8 blocks up to 32 registers
   static constexpr int kBlocks = 1;  // of a multiprocessor at least; else registers spill for more
-  static constexpr int kPackBytes = 16;      // the widest load of a thread
   static constexpr int kMaxLanes = 32;       // threads that share a point: no more than a warp
   static constexpr int kSummingLanes = 8;    // where they add up: a line of 128 bytes, 3 shuffles
   static constexpr int kSerialChannels = 4;  // so few unaligned channels stay with one thread
@@ -313,16 +319,24 @@ Shape<Index> narrowed(const Shape<int64_t>& shape) {
   return result;
 }
 
+// The operands with channels, of which kernels move packs. Of the others they move one number at a
+// time; for the cotangents of points see add_points_one_by_one(). Scratch is always XLA's own.
+inline bool channels_are_aligned(const Call& call) {
+  return is_aligned(call.image) && is_aligned(call.d_image) && is_aligned(call.ct_image) &&
+         is_aligned(call.values) && is_aligned(call.d_values) && is_aligned(call.ct_values) &&
+         is_aligned(call.d_ct_values);
+}
+
 // Calls body(Width<V>, index) with the widest pack that every pixel and point is aligned to, or
 // half of it, and with the smaller index type where one batch element fits it.
 template <class T, class Body>
 void with_pack_and_index(const Call& call, Body body) {
-  constexpr int kPack = Launch::kPackBytes / static_cast<int>(sizeof(T));
+  constexpr int kPack = kPackBytes / static_cast<int>(sizeof(T));
   const Shape<int64_t>& shape = call.shape;
   const int64_t pixels = shape.size[0] * shape.size[1] * shape.size[2];
   const int64_t elements = std::max(pixels, shape.points) * std::max<int64_t>(shape.channels, 4);
   if (elements >= Launch::kMaxIndex32) return body(Width<1>{}, int64_t{});
-  if (!call.channels_first && shape.channels > 0) {
+  if (!call.channels_first && shape.channels > 0 && channels_are_aligned(call)) {
     if (shape.channels % kPack == 0) return body(Width<kPack>{}, int32_t{});
     if constexpr (kPack > 2) {
       if (shape.channels % (kPack / 2) == 0) return body(Width<kPack / 2>{}, int32_t{});
@@ -486,8 +500,7 @@ void splat(cudaStream_t stream, const Call& call) {
                    });
   if (call.reduce == Reduce::kSum) return;
   with_pack_and_index<T>(call, [&](auto pack, auto index) {
-    constexpr int W =
-        std::min(decltype(pack)::value, Launch::kPackBytes / static_cast<int>(sizeof(A)));
+    constexpr int W = std::min(decltype(pack)::value, kPackBytes / static_cast<int>(sizeof(A)));
     const auto pixels = work_on<decltype(index)>(call, 0, W, Team::kAny, true);
     launch(stream, normalise_kernel<A, W, decltype(index)>, pixels, call.coverage.count, 1);
   });
@@ -547,12 +560,21 @@ template struct CudaKernels<Method::JAXWARP_METHOD, JAXWARP_DIMS>;
 
 #else  // the handlers
 
+// The two coordinates of a cotangent are stored at once. Where they may not be, they are added to
+// zeros instead, as a sum over batch elements is.
+static void add_points_one_by_one(Call& call) {
+  for (Operand* points : {&call.ct_points, &call.d_ct_points}) {
+    points->summed = points->summed || !is_aligned(*points);
+  }
+}
+
 #define JAXWARP_CUDA_HANDLER(Handler, kernel)                                                 \
   static ffi::Error Handler##Cuda(cudaStream_t stream, ffi::RemainingArgs args,               \
                                   ffi::RemainingRets rets, ffi::Dictionary attrs) {           \
     Call call{};                                                                              \
     const ffi::Error error = Decoder(k##Handler, call, true).decode(args, rets, attrs);       \
     if (error.failure()) return error;                                                        \
+    add_points_one_by_one(call);                                                              \
     dispatch_kernels<CudaKernels>(call, [&](auto kernels) { kernels.kernel(stream, call); }); \
     const cudaError_t status = cudaGetLastError();                                            \
     if (status == cudaSuccess) return ffi::Error::Success();                                  \

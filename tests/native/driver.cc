@@ -1,7 +1,7 @@
 // Calls the handlers as XLA does, with calls drawn at random or by libFuzzer: shapes, dtypes,
-// attributes and positions, right ones and wrong ones. Every buffer is a heap block of exactly its
-// size, so that a sanitizer sees one element too many. What must hold, and ends the process where
-// it does not:
+// attributes and positions, right ones and wrong ones. Every buffer ends where a heap block does,
+// so that a sanitizer sees one element too many; some start at an element that is aligned to no
+// more than itself. What must hold, and ends the process where it does not:
 //   - a call succeeds or returns an error that names the handler; inputs stay as they were;
 //   - results on the CPU have the same bits with every number of threads, and depend on nothing
 //     that their memory held before (so every element is written);
@@ -197,6 +197,7 @@ struct Buffer {
   bool output;
   XLA_FFI_DataType dtype;
   Extents dims;
+  size_t shift = 0;  // elements
 
   std::string stem() const {
     for (const char* prefix : {"d_ct_", "ct_", "d_"}) {
@@ -222,6 +223,7 @@ struct Buffer {
   }
   size_t width() const { return xla::ffi::ByteWidth(static_cast<xla::ffi::DataType>(dtype)); }
   size_t bytes() const { return count() * width(); }
+  size_t offset() const { return shift * width() % 16; }  // bytes from where 16 of them align
 };
 
 struct Attribute {
@@ -258,6 +260,7 @@ struct Case {
     for (const Buffer& b : buffers) {
       all += std::string(b.output ? " -> " : " ") + b.name + ":" + std::to_string(b.dtype) +
              jaxwarp::to_text({b.dims.data(), b.dims.size()});
+      if (b.offset() > 0) all += "+" + std::to_string(b.offset());
     }
     for (const Attribute& a : attributes) {
       all += " " + a.name + "=";
@@ -451,6 +454,14 @@ void draw_attributes(Source& s, Case& c, bool channels_first) {
   text("reduce", c.reduce);
 }
 
+// Where some operands start. Scratch has no meaning to anyone but XLA, which allocates it.
+void draw_places(Source& s, Case& c) {
+  if (!s.once_in(4)) return;
+  for (Buffer& b : c.buffers) {
+    if (b.kind() != Kind::kScratch && s.below(2)) b.shift = 1 + s.below(7);
+  }
+}
+
 // One thing about the call is wrong, or at least unusual.
 void spoil(Source& s, Case& c) {
   c.right = false;
@@ -509,6 +520,7 @@ Case draw_case(Source& s) {
   draw_operands(s, c);
   draw_shapes(s, c, channels_first);
   draw_attributes(s, c, channels_first);
+  draw_places(s, c);
   if (s.once_in(6)) spoil(s, c);
   return c;
 }
@@ -573,17 +585,22 @@ double get(const uint8_t* from, XLA_FFI_DataType dtype) {
   return read(float{});
 }
 
-// A heap block of exactly so many bytes, aligned as XLA's are at least; an empty one may be null.
+// The bytes of a heap block from `offset` on, of which malloc aligns the first as XLA does at
+// least; an empty one may be null.
 struct Block {
+  uint8_t* block = nullptr;
   uint8_t* data = nullptr;
   size_t bytes = 0;
-  Block(size_t bytes, bool null) : bytes(bytes) {
-    if (bytes > 0 || !null) data = static_cast<uint8_t*>(std::malloc(bytes));
+  Block(size_t bytes, bool null, size_t offset = 0) : bytes(bytes) {
+    if (bytes == 0 && null) return;
+    block = static_cast<uint8_t*>(std::malloc(offset + bytes));
+    data = block + offset;
   }
-  Block(Block&& other) noexcept : data(other.data), bytes(other.bytes) { other.data = nullptr; }
+  Block(Block&& other) noexcept
+      : block(std::exchange(other.block, nullptr)), data(other.data), bytes(other.bytes) {}
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
-  ~Block() { std::free(data); }
+  ~Block() { std::free(block); }
 };
 using Blocks = std::vector<Block>;
 
@@ -685,7 +702,7 @@ Blocks poisoned(const Case& c, int byte, bool null) {
   Blocks blocks;
   for (const Buffer& b : c.buffers) {
     if (!b.output) continue;
-    blocks.emplace_back(b.bytes(), null);
+    blocks.emplace_back(b.bytes(), null, b.offset());
     if (blocks.back().data != nullptr) memset(blocks.back().data, byte, b.bytes());
   }
   return blocks;
@@ -788,7 +805,7 @@ class Trial {
     Blocks inputs, copies;
     for (const Buffer& b : c.buffers) {
       if (b.output) continue;
-      inputs.emplace_back(b.bytes(), null);
+      inputs.emplace_back(b.bytes(), null, b.offset());
       if (b.bytes() > 0) fill(s, c, b, inputs.back().data);
       copies.emplace_back(b.bytes(), false);
       if (b.bytes() > 0) memcpy(copies.back().data, inputs.back().data, b.bytes());
