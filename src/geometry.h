@@ -93,27 +93,32 @@ struct Call {
   Operand d_ct_points, d_ct_values;
   void* scratch;
   int64_t sums;  // elements of all outputs that are sums over the points
+
+  JAXWARP_HD int64_t offset(const Operand& operand, int64_t b) const {
+    return batch.offset(b, operand.stride);
+  }
 };
 
-// What a kernel reads and writes, of batch element b; null where the operand is absent.
-template <class T>
-JAXWARP_HD T* at(const Call& call, const Operand& operand, int64_t b) {
+// What a kernel reads and writes, of batch element b; null where the operand is absent. C: Call, or
+// what knows more.
+template <class T, class C>
+JAXWARP_HD T* at(const C& call, const Operand& operand, int64_t b) {
   if (operand.data == nullptr) return nullptr;
-  return static_cast<T*>(operand.data) + call.batch.offset(b, operand.stride);
+  return static_cast<T*>(operand.data) + call.offset(operand, b);
 }
 
-template <class A, Importances K = Importances::kAny>
-JAXWARP_HD ImportanceField<A, K> importances_of(const Call& call, int64_t b) {
+template <class A, Importances K = Importances::kAny, class C>
+JAXWARP_HD ImportanceField<A, K> importances_of(const C& call, int64_t b) {
   return {at<const A>(call, call.importance, b), at<const A>(call, call.peak, b)};
 }
 
-template <int D, class A>
-JAXWARP_HD PointTangents<D, A> point_tangents_of(const Call& call, int64_t b) {
+template <int D, class A, class C>
+JAXWARP_HD PointTangents<D, A> point_tangents_of(const C& call, int64_t b) {
   return {at<const A>(call, call.d_points, b), at<const A>(call, call.d_importance, b)};
 }
 
-template <class A>
-JAXWARP_HD SplatResidual<A> splat_residual_of(const Call& call, int64_t b) {
+template <class A, class C>
+JAXWARP_HD SplatResidual<A> splat_residual_of(const C& call, int64_t b) {
   return {at<const A>(call, call.image, b), at<const A>(call, call.coverage, b),
           at<const A>(call, call.weight, b), static_cast<A>(call.min_coverage)};
 }

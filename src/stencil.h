@@ -316,14 +316,39 @@ struct OtherStencil : Stencil<M, D, Real, Index> {
   using Stencil<M, D, Real, Index>::Stencil;
 };
 
+// A position where no derivative is asked for.
+template <Method M, int D, class Real, class Index>
+struct UndifferentiatedStencil : Stencil<M, D, Real, Index> {
+  using Base = Stencil<M, D, Real, Index>;
+  using Base::Base;
+  using typename Base::AxisWeights;
+
+  JAXWARP_HD void weights(const Sampling& sampling, AxisWeights& w) const {
+    differentiated_weights<0>(sampling, w);
+  }
+  JAXWARP_HD void slopes(const Sampling& sampling, AxisWeights& dw) const {
+    differentiated_weights<1>(sampling, dw);
+  }
+  JAXWARP_HD void curvatures(const Sampling& sampling, AxisWeights& ddw) const {
+    differentiated_weights<2>(sampling, ddw);
+  }
+
+ private:
+  template <int Order>
+  JAXWARP_HD void differentiated_weights(const Sampling& sampling, AxisWeights& w) const {
+    JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
+      axis_weights_of<M, Order>(Base::t[a], static_cast<Real>(sampling.cubic_a), w[a]);
+    }
+  }
+};
+
 // A position all of whose corners lie inside, with a pixel behind each in its row, and weigh
 // something or meet only numbers of which a weight of zero makes zeros (see Tame), with no
 // derivative asked for: what most positions are. The caller has made sure of that. TrailsT: see
 // Trail; void where there are none.
 template <Method M, int D, class Real, class Index, class TrailsT = void>
-struct PlainStencil : Stencil<M, D, Real, Index> {
+struct PlainStencil : UndifferentiatedStencil<M, D, Real, Index> {
   using Base = Stencil<M, D, Real, Index>;
-  using typename Base::AxisWeights;
   static constexpr bool kPlain = true;
   static constexpr bool kTrails = !std::is_void_v<TrailsT>;
 
@@ -346,23 +371,6 @@ struct PlainStencil : Stencil<M, D, Real, Index> {
     Index sum = pixel + Base::tap(k, 0);
     JAXWARP_UNROLL for (int a = 1; a < D; ++a) sum += Base::tap(k, a) * stride[a];
     return sum;
-  }
-  JAXWARP_HD void weights(const Sampling& sampling, AxisWeights& w) const {
-    differentiated_weights<0>(sampling, w);
-  }
-  JAXWARP_HD void slopes(const Sampling& sampling, AxisWeights& dw) const {
-    differentiated_weights<1>(sampling, dw);
-  }
-  JAXWARP_HD void curvatures(const Sampling& sampling, AxisWeights& ddw) const {
-    differentiated_weights<2>(sampling, ddw);
-  }
-
- private:
-  template <int Order>
-  JAXWARP_HD void differentiated_weights(const Sampling& sampling, AxisWeights& w) const {
-    JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
-      axis_weights_of<M, Order>(Base::t[a], static_cast<Real>(sampling.cubic_a), w[a]);
-    }
   }
 };
 

@@ -40,25 +40,47 @@ struct Launch {
   static constexpr int64_t kMaxIndex32 = 1 << 29;  // elements: leaves room for 2 n in corner_index
 };
 
+// What most calls are. The host looks at it once, and takes kernels that do not look at every
+// point; their code is an eighth as long.
+struct UsualCall : Call {
+  static bool is(const Call& call) {
+    const bool whole = call.points.dtype != ffi::F16 && call.points.dtype != ffi::BF16;
+    const bool weighted = call.importance.data != nullptr || call.peak.data != nullptr ||
+                          call.reduce == Reduce::kSoftmax;
+    const int (&order)[3] = call.sampling.order;
+    const bool differentiated = order[0] != 0 || order[1] != 0 || order[2] != 0;
+    const bool periodic = call.sampling.boundary != Boundary::kConstant &&
+                          call.sampling.boundary != Boundary::kNearest;
+    return call.batch.rank <= 1 && whole && !weighted && !differentiated && !periodic;
+  }
+  JAXWARP_HD int64_t offset(const Operand& operand, int64_t b) const {
+    return b * operand.stride[0];
+  }
+};
+
+template <bool kUsual>
+inline constexpr Importances kImportances = kUsual ? Importances::kOne : Importances::kAny;
+
 // What every kernel is given, by value.
-template <class IndexT>
+template <class IndexT, bool kUsual>
 struct Work {
   using Index = IndexT;
-  Call call;
+  std::conditional_t<kUsual, UsualCall, Call> call;
   Shape<Index> shape;
   Index lanes;      // threads per point (or pixel)
   Index items;      // points (or pixels) times lanes
   bool own_points;  // a thread visits all batch elements of its points, in order
 };
 
-template <class Index>
-__device__ Channels<Index, true> lane_channels(const Work<Index>& work, Index item, int pack) {
+template <class Index, bool kUsual>
+__device__ Channels<Index, true> lane_channels(const Work<Index, kUsual>& work, Index item,
+                                               int pack) {
   return {item % work.lanes * pack, work.lanes * pack, work.shape.channels, true};
 }
 
 // Calls body(b, item) for this thread's item in every batch element that is its own.
-template <class Index, class Body>
-__device__ void for_items(const Work<Index>& work, Body body) {
+template <class Index, bool kUsual, class Body>
+__device__ void for_items(const Work<Index, kUsual>& work, Body body) {
   const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (item >= static_cast<int64_t>(work.items)) return;
   for (int64_t b = blockIdx.y; b < work.call.batch.count; b += gridDim.y)
@@ -67,8 +89,8 @@ __device__ void for_items(const Work<Index>& work, Body body) {
 
 // Emits a cotangent of point n, of which each of its lanes has a part; they all come here together,
 // and the first one has the sum.
-template <class Index, class A, int N>
-__device__ void emit_lanes(const Work<Index>& work, Index item, A (&part)[N],
+template <class Index, bool kUsual, class A, int N>
+__device__ void emit_lanes(const Work<Index, kUsual>& work, Index item, A (&part)[N],
                            const PointCotangent<A>& target) {
   if (target.data == nullptr) return;
   const unsigned lanes = static_cast<unsigned>(work.lanes);
@@ -84,14 +106,20 @@ __device__ void emit_lanes(const Work<Index>& work, Index item, A (&part)[N],
   }
 }
 
-template <class Types, class Index>
-using StencilOf = Stencil<Types::kMethod, Types::kDims, Accumulator<typename Types::Value>, Index>;
+// The position of a usual call: neither its method nor its boundary is asked for what it has not.
+template <Method M, int D, class Real, class Index>
+struct UsualStencil : UndifferentiatedStencil<M, D, Real, Index> {
+  __device__ UsualStencil(const Real (&p)[D], const Index* size, Boundary boundary)
+      : UndifferentiatedStencil<M, D, Real, Index>(
+            p, size, boundary == Boundary::kNearest ? Boundary::kNearest : Boundary::kConstant) {}
+};
 
-template <class Types, class Index>
-__device__ StencilOf<Types, Index> stencil_at(const Work<Index>& work, int64_t b, Index n) {
+template <class Types, class Index, bool kUsual>
+__device__ auto stencil_at(const Work<Index, kUsual>& work, int64_t b, Index n) {
+  constexpr Method M = Types::kMethod;
   constexpr int D = Types::kDims;
   using Real = Accumulator<typename Types::Value>;
-  const Call& call = work.call;
+  const auto& call = work.call;
   Index pixel[D] = {};
   if (call.displacement) {
     Index rest = n;
@@ -101,53 +129,54 @@ __device__ StencilOf<Types, Index> stencil_at(const Work<Index>& work, int64_t b
     }
   }
   Real p[D];
-  if (sizeof(Real) == 4 && call.points.dtype == ffi::F16) {
+  if (!kUsual && sizeof(Real) == 4 && call.points.dtype == ffi::F16) {
     read_position(at<const float16>(call, call.points, b), n, pixel, p);
-  } else if (sizeof(Real) == 4 && call.points.dtype == ffi::BF16) {
+  } else if (!kUsual && sizeof(Real) == 4 && call.points.dtype == ffi::BF16) {
     read_position(at<const bfloat16>(call, call.points, b), n, pixel, p);
   } else {
     read_position(at<const Real>(call, call.points, b), n, pixel, p);
   }
-  return StencilOf<Types, Index>(p, work.shape.size, call.sampling.boundary);
+  using S = std::conditional_t<kUsual, UsualStencil<M, D, Real, Index>, Stencil<M, D, Real, Index>>;
+  return S(p, work.shape.size, call.sampling.boundary);
 }
 
-template <class Types, int V, class Index>
+template <class Types, int V, class Index, bool kUsual>
 __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
-    gather_kernel(const Work<Index> work) {
+    gather_kernel(const Work<Index, kUsual> work) {
   using T = typename Types::Value;
-  const Call& call = work.call;
+  const auto& call = work.call;
   for_items(work, [&](int64_t b, Index item) {
     const Index n = item / work.lanes;
-    gather_point<V>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
-                    at<const T>(call, call.image, b), importances_of<Accumulator<T>>(call, b).of(n),
-                    at<T>(call, call.values, b) + n * work.shape.point_stride,
-                    lane_channels(work, item, V));
+    gather_point<V>(
+        call.sampling, work.shape, stencil_at<Types>(work, b, n), at<const T>(call, call.image, b),
+        importances_of<Accumulator<T>, kImportances<kUsual>>(call, b).of(n),
+        at<T>(call, call.values, b) + n * work.shape.point_stride, lane_channels(work, item, V));
   });
 }
 
-template <class Types, int V, class Index>
+template <class Types, int V, class Index, bool kUsual>
 __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
-    gather_tangent_kernel(const Work<Index> work) {
+    gather_tangent_kernel(const Work<Index, kUsual> work) {
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const Call& call = work.call;
+  const auto& call = work.call;
   for_items(work, [&](int64_t b, Index item) {
     const Index n = item / work.lanes;
     gather_tangent_point<V>(
         call.sampling, work.shape, stencil_at<Types>(work, b, n), at<const T>(call, call.image, b),
-        importances_of<A>(call, b).of(n), at<const T>(call, call.d_image, b),
+        importances_of<A, kImportances<kUsual>>(call, b).of(n), at<const T>(call, call.d_image, b),
         point_tangents_of<Types::kDims, A>(call, b).of(n),
         at<T>(call, call.d_values, b) + n * work.shape.point_stride, lane_channels(work, item, V));
   });
 }
 
-template <class Types, int V, class Index>
+template <class Types, int V, class Index, bool kUsual>
 __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
-    gather_vjp_kernel(const Work<Index> work) {
+    gather_vjp_kernel(const Work<Index, kUsual> work) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const Call& call = work.call;
+  const auto& call = work.call;
   for_items(work, [&](int64_t b, Index item) {
     const Index n = item / work.lanes;
     A ct[D] = {};
@@ -159,13 +188,13 @@ __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
   });
 }
 
-template <class Types, int V, class Index>
+template <class Types, int V, class Index, bool kUsual>
 __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
-    gather_vjp_tangent_kernel(const Work<Index> work) {
+    gather_vjp_tangent_kernel(const Work<Index, kUsual> work) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const Call& call = work.call;
+  const auto& call = work.call;
   for_items(work, [&](int64_t b, Index item) {
     const Index n = item / work.lanes, first = n * work.shape.point_stride;
     const T* d_ct_values = at<const T>(call, call.d_ct_values, b);
@@ -182,7 +211,8 @@ __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
 // Where a kernel adds: to the results themselves, in any order ...
 template <class A>
 struct AtomicSums {
-  __device__ A* of(const Call& call, const Operand& operand, int64_t b) const {
+  template <class C>
+  __device__ A* of(const C& call, const Operand& operand, int64_t b) const {
     return at<A>(call, operand, b);
   }
 };
@@ -204,19 +234,19 @@ __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
   if (i < count) result[i] = (sums + i).value();
 }
 
-template <class Types, int V, class Sums, class Index>
+template <class Types, int V, class Sums, class Index, bool kUsual>
 __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
-    splat_kernel(const Work<Index> work, const Sums sums) {
+    splat_kernel(const Work<Index, kUsual> work, const Sums sums) {
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const Call& call = work.call;
+  const auto& call = work.call;
   for_items(work, [&](int64_t b, Index item) {
     const Index n = item / work.lanes;
     splat_point<V>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
                    at<const T>(call, call.values, b) + n * work.shape.point_stride,
-                   importances_of<A>(call, b).of(n), sums.of(call, call.image, b),
-                   sums.of(call, call.coverage, b), sums.of(call, call.weight, b), AllRows{},
-                   lane_channels(work, item, V));
+                   importances_of<A, kImportances<kUsual>>(call, b).of(n),
+                   sums.of(call, call.image, b), sums.of(call, call.coverage, b),
+                   sums.of(call, call.weight, b), AllRows{}, lane_channels(work, item, V));
   });
 }
 
@@ -229,9 +259,9 @@ __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
 
 template <class Types, class Index>
 __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
-    peak_kernel(const Work<Index> work) {
+    peak_kernel(const Work<Index, false> work) {
   using T = typename Types::Value;
-  const Call& call = work.call;
+  const auto& call = work.call;
   for_items(work, [&](int64_t b, Index n) {
     peak_point(call.sampling, work.shape, stencil_at<Types>(work, b, n),
                importances_of<Accumulator<T>>(call, b).of(n).value,
@@ -242,49 +272,50 @@ __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
 // Items are the pixels of all images, which lie one behind the other.
 template <class A, int V, class Index>
 __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
-    normalise_kernel(const Work<Index> work) {
+    normalise_kernel(const Work<Index, false> work) {
   const Call& call = work.call;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t j = item / work.lanes;
+  const bool shared = work.lanes > 1;  // else no division, which takes long in 64 bits
+  const int64_t j = shared ? item / work.lanes : item;
   if (j >= call.coverage.count) return;
   const A coverage = static_cast<const A*>(call.coverage.data)[j];
   const A* weight = static_cast<const A*>(call.weight.data);
   normalise_pixel<V>(work.shape, static_cast<A*>(call.image.data) + j * work.shape.stride[0],
                      coverage, weight == nullptr ? coverage : weight[j],
                      static_cast<A>(call.min_coverage), static_cast<A>(call.sampling.fill),
-                     lane_channels(work, static_cast<Index>(item % work.lanes), V));
+                     lane_channels(work, static_cast<Index>(shared ? item % work.lanes : 0), V));
 }
 
-template <class Types, int V, Reduce R, class Sums, class Index>
+template <class Types, int V, Reduce R, class Sums, class Index, bool kUsual>
 __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
-    splat_tangent_kernel(const Work<Index> work, const Sums sums) {
+    splat_tangent_kernel(const Work<Index, kUsual> work, const Sums sums) {
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const Call& call = work.call;
+  const auto& call = work.call;
   for_items(work, [&](int64_t b, Index item) {
     const Index n = item / work.lanes;
     const T* d_values = at<const T>(call, call.d_values, b);
     splat_tangent_point<V, R>(
         call.sampling, work.shape, stencil_at<Types>(work, b, n),
         at<const T>(call, call.values, b) + n * work.shape.point_stride,
-        importances_of<A>(call, b).of(n), splat_residual_of<A>(call, b),
+        importances_of<A, kImportances<kUsual>>(call, b).of(n), splat_residual_of<A>(call, b),
         d_values == nullptr ? nullptr : d_values + n * work.shape.point_stride,
         point_tangents_of<Types::kDims, A>(call, b).of(n), sums.of(call, call.d_image, b),
         sums.of(call, call.d_coverage, b), AllRows{}, lane_channels(work, item, V));
   });
 }
 
-template <class Types, int V, Reduce R, class Index>
+template <class Types, int V, Reduce R, class Index, bool kUsual>
 __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
-    splat_vjp_kernel(const Work<Index> work) {
+    splat_vjp_kernel(const Work<Index, kUsual> work) {
   constexpr int D = Types::kDims;
   using T = typename Types::Value;
   using A = Accumulator<T>;
-  const Call& call = work.call;
+  const auto& call = work.call;
   for_items(work, [&](int64_t b, Index item) {
     const Index n = item / work.lanes;
     // Of either dtype, see PointCotangent: the batch offset is counted in elements.
-    const int64_t first = call.batch.offset(b, call.ct_values.stride);
+    const int64_t first = call.offset(call.ct_values, b);
     const PointCotangent<T> ct_values = {
         call.ct_values.data == nullptr ? nullptr
         : call.ct_values.summed ? static_cast<void*>(static_cast<A*>(call.ct_values.data) + first)
@@ -293,8 +324,8 @@ __global__ void __launch_bounds__(Launch::kThreads, Launch::kBlocks)
     A ct_p[D] = {}, ct_w[1] = {};
     splat_vjp_point<V, R>(call.sampling, work.shape, stencil_at<Types>(work, b, n),
                           at<const T>(call, call.values, b) + n * work.shape.point_stride,
-                          importances_of<A>(call, b).of(n), splat_residual_of<A>(call, b),
-                          at<const T>(call, call.ct_image, b),
+                          importances_of<A, kImportances<kUsual>>(call, b).of(n),
+                          splat_residual_of<A>(call, b), at<const T>(call, call.ct_image, b),
                           at<const A>(call, call.ct_coverage, b), ct_values,
                           n * work.shape.point_stride, ct_p, ct_w[0], lane_channels(work, item, V));
     emit_lanes(work, item, ct_p, {at<A>(call, call.ct_points, b), call.ct_points.summed});
@@ -327,29 +358,37 @@ inline bool channels_are_aligned(const Call& call) {
          is_aligned(call.d_ct_values);
 }
 
-// Calls body(Width<V>, index) with the widest pack that every pixel and point is aligned to, or
-// half of it, and with the smaller index type where one batch element fits it.
+// Calls body(Width<V>, index, usual) with the widest pack that every pixel and point is aligned to,
+// or half of it, with the smaller index type where one batch element fits it, and with true where
+// the call is a UsualCall; its three channels, which are no pack of the hardware's, are read at
+// once.
 template <class T, class Body>
 void with_pack_and_index(const Call& call, Body body) {
   constexpr int kPack = kPackBytes / static_cast<int>(sizeof(T));
   const Shape<int64_t>& shape = call.shape;
   const int64_t pixels = shape.size[0] * shape.size[1] * shape.size[2];
   const int64_t elements = std::max(pixels, shape.points) * std::max<int64_t>(shape.channels, 4);
-  if (elements >= Launch::kMaxIndex32) return body(Width<1>{}, int64_t{});
-  if (!call.channels_first && shape.channels > 0 && channels_are_aligned(call)) {
-    if (shape.channels % kPack == 0) return body(Width<kPack>{}, int32_t{});
-    if constexpr (kPack > 2) {
-      if (shape.channels % (kPack / 2) == 0) return body(Width<kPack / 2>{}, int32_t{});
+  if (elements >= Launch::kMaxIndex32) return body(Width<1>{}, int64_t{}, std::false_type{});
+  const auto with_pack = [&](auto usual) {
+    if (!call.channels_first && shape.channels > 0 && channels_are_aligned(call)) {
+      if (shape.channels % kPack == 0) return body(Width<kPack>{}, int32_t{}, usual);
+      if constexpr (kPack > 2) {
+        if (shape.channels % (kPack / 2) == 0) return body(Width<kPack / 2>{}, int32_t{}, usual);
+      }
+      if constexpr (usual) {
+        if (shape.channels == 3) return body(Width<3>{}, int32_t{}, usual);
+      }
     }
-  }
-  body(Width<1>{}, int32_t{});
+    body(Width<1>{}, int32_t{}, usual);
+  };
+  UsualCall::is(call) ? with_pack(std::true_type{}) : with_pack(std::false_type{});
 }
 
 // Which threads work on a point: one, several, or several that add up something.
 enum class Team { kOne, kAny, kSumming };
 
-template <class Index>
-Work<Index> work_on(const Call& call, int64_t items, int pack, Team team, bool own_points) {
+template <class Index, bool kUsual>
+Work<Index, kUsual> work_on(const Call& call, int64_t items, int pack, Team team, bool own_points) {
   const int64_t packs = call.shape.channels / pack;
   // Channels-first, neighbouring points are what lies side by side.
   const bool serial =
@@ -360,8 +399,13 @@ Work<Index> work_on(const Call& call, int64_t items, int pack, Team team, bool o
     while (halved > lanes) halved /= 2;
     lanes = halved;
   }
-  return {call, narrowed<Index>(call.shape), static_cast<Index>(lanes),
-          static_cast<Index>(items * lanes), own_points};
+  Work<Index, kUsual> work;
+  static_cast<Call&>(work.call) = call;
+  work.shape = narrowed<Index>(call.shape);
+  work.lanes = static_cast<Index>(lanes);
+  work.items = static_cast<Index>(items * lanes);
+  work.own_points = own_points;
+  return work;
 }
 
 template <class... Parameters, class... Arguments>
@@ -376,9 +420,9 @@ void launch_threads(cudaStream_t stream, int64_t threads, int64_t batch_blocks,
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <class Index, class... More>
-void launch(cudaStream_t stream, void (*kernel)(Work<Index>, More...), const Work<Index>& work,
-            int64_t items, int64_t batches, const More&... more) {
+template <class Index, bool kUsual, class... More>
+void launch(cudaStream_t stream, void (*kernel)(Work<Index, kUsual>, More...),
+            const Work<Index, kUsual>& work, int64_t items, int64_t batches, const More&... more) {
   const int64_t blocks = std::min(batches, work.own_points ? 1 : Launch::kMaxBatchBlocks);
   launch_threads(stream, items * static_cast<int64_t>(work.lanes), blocks, kernel, work, more...);
 }
@@ -398,16 +442,17 @@ void with_sums(cudaStream_t stream, const Call& call, std::initializer_list<cons
   using A = Accumulator<typename Types::Value>;
   if (!call.deterministic) {
     for (const Operand* output : outputs) fill_zero<A>(stream, *output);
-    return with_pack_and_index<typename Types::Value>(
-        call, [&](auto pack, auto index) { body(AtomicSums<A>{}, pack, index); });
+    return with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index, auto usual) {
+      body(AtomicSums<A>{}, pack, index, usual);
+    });
   }
   if (call.sums == 0) return;
-  constexpr int64_t kCorners = StencilOf<Types, int64_t>::kCorners;
+  constexpr int64_t kCorners = Stencil<Types::kMethod, Types::kDims, A, int64_t>::kCorners;
   FixedPoint<A> sums(call.scratch, call.sums, call.shape.points * kCorners * call.batch.count);
   cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(call.sums * sums.kBytes), stream);
   for (const bool adds : {false, true}) {
     sums.adds = adds;
-    body(FixedPointSums<A>{sums}, Width<1>{}, int64_t{});
+    body(FixedPointSums<A>{sums}, Width<1>{}, int64_t{}, std::false_type{});
   }
   for (const Operand* output : outputs) {
     if (output->data == nullptr) continue;
@@ -418,21 +463,22 @@ void with_sums(cudaStream_t stream, const Call& call, std::initializer_list<cons
 
 template <class Types>
 void gather(cudaStream_t stream, const Call& call) {
-  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
+  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index, auto usual) {
     using Index = decltype(index);
     constexpr int V = decltype(pack)::value;
-    const auto work = work_on<Index>(call, call.shape.points, V, Team::kAny, false);
-    launch(stream, gather_kernel<Types, V, Index>, work, call.shape.points, call.batch.count);
+    const auto work = work_on<Index, usual>(call, call.shape.points, V, Team::kAny, false);
+    launch(stream, gather_kernel<Types, V, Index, usual>, work, call.shape.points,
+           call.batch.count);
   });
 }
 
 template <class Types>
 void gather_tangent(cudaStream_t stream, const Call& call) {
-  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
+  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index, auto usual) {
     using Index = decltype(index);
     constexpr int V = decltype(pack)::value;
-    const auto work = work_on<Index>(call, call.shape.points, V, Team::kAny, false);
-    launch(stream, gather_tangent_kernel<Types, V, Index>, work, call.shape.points,
+    const auto work = work_on<Index, usual>(call, call.shape.points, V, Team::kAny, false);
+    launch(stream, gather_tangent_kernel<Types, V, Index, usual>, work, call.shape.points,
            call.batch.count);
   });
 }
@@ -453,12 +499,13 @@ void gather_vjp(cudaStream_t stream, const Call& call) {
   using A = Accumulator<typename Types::Value>;
   fill_zero<A>(stream, call.ct_image);
   if (call.ct_points.summed) fill_zero<A>(stream, call.ct_points);
-  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
+  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index, auto usual) {
     using Index = decltype(index);
     constexpr int V = decltype(pack)::value;
     const auto work =
-        work_on<Index>(call, call.shape.points, V, Team::kSumming, call.ct_points.summed);
-    launch(stream, gather_vjp_kernel<Types, V, Index>, work, call.shape.points, call.batch.count);
+        work_on<Index, usual>(call, call.shape.points, V, Team::kSumming, call.ct_points.summed);
+    launch(stream, gather_vjp_kernel<Types, V, Index, usual>, work, call.shape.points,
+           call.batch.count);
   });
 }
 
@@ -466,12 +513,12 @@ template <class Types>
 void gather_vjp_tangent(cudaStream_t stream, const Call& call) {
   using A = Accumulator<typename Types::Value>;
   if (call.d_ct_points.summed) fill_zero<A>(stream, call.d_ct_points);
-  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
+  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index, auto usual) {
     using Index = decltype(index);
     constexpr int V = decltype(pack)::value;
     const auto work =
-        work_on<Index>(call, call.shape.points, V, Team::kSumming, call.d_ct_points.summed);
-    launch(stream, gather_vjp_tangent_kernel<Types, V, Index>, work, call.shape.points,
+        work_on<Index, usual>(call, call.shape.points, V, Team::kSumming, call.d_ct_points.summed);
+    launch(stream, gather_vjp_tangent_kernel<Types, V, Index, usual>, work, call.shape.points,
            call.batch.count);
   });
 }
@@ -483,42 +530,47 @@ void splat(cudaStream_t stream, const Call& call) {
   if (call.reduce == Reduce::kSoftmax) {
     launch_threads(stream, call.peak.count, 1, lowest_kernel<A>, static_cast<A*>(call.peak.data),
                    call.peak.count);
-    with_pack_and_index<T>(call, [&](auto pack, auto index) {
+    with_pack_and_index<T>(call, [&](auto pack, auto index, auto) {
       using Index = decltype(index);
-      const auto points = work_on<Index>(call, call.shape.points, pack, Team::kOne, false);
+      const auto points = work_on<Index, false>(call, call.shape.points, pack, Team::kOne, false);
       launch(stream, peak_kernel<Types, Index>, points, call.shape.points, call.batch.count);
     });
   }
   with_sums<Types>(stream, call, {&call.image, &call.coverage, &call.weight},
-                   [&](auto sums, auto pack, auto index) {
+                   [&](auto sums, auto pack, auto index, auto usual) {
                      constexpr int V = decltype(pack)::value;
                      using Index = decltype(index);
                      const auto work =
-                         work_on<Index>(call, call.shape.points, V, Team::kAny, false);
-                     launch(stream, splat_kernel<Types, V, decltype(sums), Index>, work,
+                         work_on<Index, usual>(call, call.shape.points, V, Team::kAny, false);
+                     launch(stream, splat_kernel<Types, V, decltype(sums), Index, usual>, work,
                             call.shape.points, call.batch.count, sums);
                    });
   if (call.reduce == Reduce::kSum) return;
-  with_pack_and_index<T>(call, [&](auto pack, auto index) {
-    constexpr int W = std::min(decltype(pack)::value, kPackBytes / static_cast<int>(sizeof(A)));
-    const auto pixels = work_on<decltype(index)>(call, 0, W, Team::kAny, true);
-    launch(stream, normalise_kernel<A, W, decltype(index)>, pixels, call.coverage.count, 1);
+  with_pack_and_index<T>(call, [&](auto pack, auto index, auto) {
+    using Index = decltype(index);
+    constexpr int V = decltype(pack)::value, kWidest = kPackBytes / static_cast<int>(sizeof(A));
+    constexpr int W = V % kWidest == 0 ? kWidest : V;  // of T and of A
+    const auto pixels = work_on<Index, false>(call, 0, W, Team::kAny, true);
+    launch(stream, normalise_kernel<A, W, Index>, pixels, call.coverage.count, 1);
   });
 }
 
 template <class Types>
 void splat_tangent(cudaStream_t stream, const Call& call) {
-  with_sums<Types>(
-      stream, call, {&call.d_image, &call.d_coverage}, [&](auto sums, auto pack, auto index) {
-        constexpr int V = decltype(pack)::value;
-        using Index = decltype(index);
-        const auto work = work_on<Index>(call, call.shape.points, V, Team::kAny, false);
-        dispatch_reduce<Types>(call, [&](auto reduce) {
-          constexpr Reduce R = decltype(reduce)::value;
-          launch(stream, splat_tangent_kernel<Types, V, R, decltype(sums), Index>, work,
-                 call.shape.points, call.batch.count, sums);
-        });
-      });
+  with_sums<Types>(stream, call, {&call.d_image, &call.d_coverage},
+                   [&](auto sums, auto pack, auto index, auto usual) {
+                     constexpr int V = decltype(pack)::value;
+                     using Index = decltype(index);
+                     using Sums = decltype(sums);
+                     const auto work =
+                         work_on<Index, usual>(call, call.shape.points, V, Team::kAny, false);
+                     dispatch_reduce<Types>(call, [&](auto reduce) {
+                       constexpr Reduce R = decltype(reduce)::value;
+                       if constexpr (!usual || R != Reduce::kSoftmax)  // see UsualCall
+                         launch(stream, splat_tangent_kernel<Types, V, R, Sums, Index, usual>, work,
+                                call.shape.points, call.batch.count, sums);
+                     });
+                   });
 }
 
 template <class Types>
@@ -529,13 +581,15 @@ void splat_vjp(cudaStream_t stream, const Call& call) {
     if (output->summed) fill_zero<A>(stream, *output);
     own_points = own_points || output->summed;
   }
-  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index) {
+  with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index, auto usual) {
     using Index = decltype(index);
     constexpr int V = decltype(pack)::value;
-    const auto work = work_on<Index>(call, call.shape.points, V, Team::kSumming, own_points);
+    const auto work = work_on<Index, usual>(call, call.shape.points, V, Team::kSumming, own_points);
     dispatch_reduce<Types>(call, [&](auto reduce) {
-      launch(stream, splat_vjp_kernel<Types, V, decltype(reduce)::value, Index>, work,
-             call.shape.points, call.batch.count);
+      constexpr Reduce R = decltype(reduce)::value;
+      if constexpr (!usual || R != Reduce::kSoftmax)  // see UsualCall
+        launch(stream, splat_vjp_kernel<Types, V, R, Index, usual>, work, call.shape.points,
+               call.batch.count);
     });
   });
 }
