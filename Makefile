@@ -41,12 +41,14 @@ FFI_INCLUDE = $$($(BIN)/python -c "import jax; print(jax.ffi.include_dir())")
 # (stable ABI). CI builds it in half the time: its speed is not tested. Operations whose rules are
 # those of others are left out of the transformations.
 LATER_PYTHONS ?= 3.12 3.13
-# In a recipe: $$python becomes a Python $$version that runs (a shim may be there and not run), or none.
-FIND_PYTHON = for python in python$$version $(HOME)/.pyenv/versions/$$version.*/bin/python none; do \
-  if [ $$python = none ] || $$python --version >/dev/null 2>&1; then break; fi; done
 OLDEST_JAX := 0.10.0
 VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo sharding transforms) \
   -k "not (test_transforms and (3d or backward_warp or forward_warp-2d-sum))"
+
+# In a recipe: $$python becomes a Python $$version that runs, or none. A shim may be there and
+# not run.
+FIND_PYTHON = for python in python$$version $(HOME)/.pyenv/versions/$$version.*/bin/python none; do \
+  if [ $$python = none ] || $$python --version >/dev/null 2>&1; then break; fi; done
 
 # Most of the tests' time goes into compiling the reference; this takes two fifths off. A jaxlib that
 # does not know the flag ends the process: those of `make test` know it.
@@ -206,27 +208,33 @@ release: | $(BIN)/python ## Build sdist and wheel for PYTHON into dist/, twice, 
 test-gpu: ## Run the GPU tests with PYTHON, against the jaxwarp installed there
 	JAXWARP_REQUIRE_CUDA=1 PYTHONSAFEPATH=1 $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
-gpu-report: ## All about the GPU in 7 minutes, with PYTHON as test-gpu: tests, checks, benchmark
-	$(PYTHON) benchmarks/gpu/run.py --out build/gpu
+# The kernels alone, for one architecture: $(call kernels,PYTHON with jax,the program)
+kernels = nvcc -std=c++17 -O3 -arch=sm_$(KIT_ARCH) --expt-relaxed-constexpr -o $(2) \
+  benchmarks/gpu/kernels.cu -isystem $$($(1) -c "import jax; print(jax.ffi.include_dir())")
 
-# For a machine with a GPU and without a network: there `python3 run.py --out FOLDER` in this folder.
+gpu-report: ## All about the GPU in 7 minutes, with PYTHON as test-gpu: tests, checks, benchmark
+	mkdir -p build/gpu
+	$(call kernels,$(PYTHON),build/gpu/kernels) || echo "no nvcc: the kernels are not timed alone"
+	JAXWARP_KERNELS=build/gpu/kernels $(PYTHON) benchmarks/gpu/run.py --out build/gpu
+
+# For a machine with a GPU and without a network: `python3 run.py --out FOLDER` in this folder.
 KIT := build/gpu-kit
-KIT_ARCH = $(or $(CUDA_ARCH),90)
+KIT_ARCH = $(or $(lastword $(subst ;, ,$(CUDA_ARCH))),90)
 KIT_PYTHON ?= 3.12
 
 gpu-kit: $(VENV)/.demo ## Fill build/gpu-kit: all that gpu-report needs, to be copied to a GPU
 	rm -rf $(KIT)
-	@version=$(KIT_PYTHON); $(FIND_PYTHON); set -x; test $$python != none && \
+	@version=$(KIT_PYTHON); $(FIND_PYTHON); if [ $$python = none ]; then \
+	  echo "gpu-kit: expected a Python $$version, found none; name another by KIT_PYTHON"; exit 1; fi; \
 	  $(MAKE) --no-print-directory wheel PYTHON=$$python CUDA_ARCH=$(KIT_ARCH) WHEELS=$(KIT)
 	@$(BIN)/python -m zipfile --list $(KIT)/*.whl | grep -q jaxwarp/_cuda || { echo \
 	  "gpu-kit: expected a wheel with the CUDA kernels, got one without; install nvcc"; exit 1; }
-	nvcc -std=c++17 -O3 -arch=sm_$(KIT_ARCH) --expt-relaxed-constexpr -isystem $(FFI_INCLUDE) \
-	  -o $(KIT)/kernels benchmarks/gpu/kernels.cu
+	$(call kernels,$(BIN)/python,$(KIT)/kernels)
 	cp -r pyproject.toml benchmarks tests benchmarks/gpu/run.py $(KIT)
 	du -sh $(KIT)
 
-# What that machine has, without its GPU, CuPy and torch (whose wheel for it is 2 GB of CUDA).
-KIT_PACKAGES := jax==0.11.2 numpy scipy pytest pytest-xdist hypothesis matplotlib
+# What CONTRIBUTING asks of that machine, and no more. JAX without a GPU.
+KIT_PACKAGES := jax numpy scipy pytest pytest-xdist hypothesis
 
 gpu-rehearse: gpu-kit ## Run that kit here, without a GPU: the report, hanging and killed steps
 	@version=$(KIT_PYTHON); $(FIND_PYTHON); set -x; $$python -m venv --clear build/rehearsal

@@ -31,6 +31,7 @@ class Worker:
 
     def __init__(self, library: str, threads: list[int], patience: float) -> None:
         self.library, self.threads, self.patience = library, threads, patience
+        self.failures = 0
         self.start()
 
     def start(self) -> None:
@@ -77,8 +78,15 @@ class Worker:
         """A new process: an error on a GPU can spoil all that the old one would do later."""
         self.process.kill()
         self.process.wait()
+        self.failures += 1
         self.start()
         self.receive()
+
+    @property
+    def given_up(self) -> bool:
+        """It costs more time than it gives; not so jaxwarp and the reference, which all need."""
+        needed = self.library in ("jaxwarp", PEERS[REFERENCE])
+        return not needed and (bool(self.late) or self.failures > 1)
 
     def ask(self, **request) -> dict:
         self.send(**request)
@@ -147,7 +155,8 @@ def run(case: Case, peers: list[str], workers: dict[str, Worker], *, seconds: fl
                     entry["error"] = f"wrong result ({mode}): off by {found:.2g}"
     failed = {PEERS[peer] for peer, entry in entries.items() if "error" in entry}
     for library, worker in workers.items():
-        if library in failed or "error" in worker.ask(do="drop"):
+        lost = library in failed or "error" in worker.ask(do="drop")
+        if lost and not worker.given_up:
             worker.renew()
     for peer, entry in entries.items():
         entry |= {mode: summary(found) for mode, found in times[peer].items() if found}
@@ -223,6 +232,13 @@ def main() -> int:
             continue
         entries = run(case, peers, workers, seconds=0.02 if options.quick else options.seconds)
         data["results"] += [report.relate(entry, entries, case) for entry in entries]
+        for library in [name for name, worker in workers.items() if worker.given_up]:
+            lost = workers.pop(library)
+            lost.process.kill()
+            why = lost.late or "failed in two cases"
+            names = [peer for peer in peers if PEERS[peer] == library]
+            data["missing"] |= dict.fromkeys(names, f"{why}; left out after {case}")
+            peers = [peer for peer in peers if peer not in names]
         data["seconds"] = time.monotonic() - start
         report.write(data, options.out)
         print(report.line(case, entries), flush=True)

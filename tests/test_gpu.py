@@ -1,7 +1,7 @@
 """The CUDA kernels on a GPU, against the reference on the CPU. `make test-gpu` runs this file.
 
-Several processes may share the card: no test takes more than 12 GiB of it, and `--dist loadgroup`
-gives those that take more than one to the same process.
+Several processes may share the card: no test takes more than 12 GiB of it, and those that take more
+than one are marked `large`, to be run in one process.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ import jaxwarp
 from jaxwarp import reference
 
 pytestmark = pytest.mark.gpu
-LARGE = pytest.mark.xdist_group("large")
+LARGE = pytest.mark.large
 
 # Atomic additions come in any order: float64 sums of a few numbers near 1, and what dividing them
 # by the least D_j, (1/64)^3, makes of their rounding.

@@ -21,7 +21,7 @@ RUN = next(path for path in (KIT / "run.py", KIT / "benchmarks/gpu/run.py") if p
 PYTHON = os.environ.get("JAXWARP_KIT_PYTHON", sys.executable)
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "", "CUDA_VISIBLE_DEVICES": ""}
 ENVIRONMENT |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # it is the runner that is tested
-FILES_BACK = 8  # as many as a machine may give back
+FEW_FILES = 8  # they have to be copied back from the machine with the GPU
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ends processes as Linux does")
 
@@ -32,15 +32,15 @@ def report_in(folder):
 
 
 def test_the_whole_report_without_a_gpu(tmp_path):
-    command = [PYTHON, RUN, "--out", tmp_path, "--processes", "2", "--limits", "tests=300"]
+    command = [PYTHON, RUN, "--out", tmp_path, "--processes", "2", "--limits"]
+    limits = [f"{step}=300" for step in ("smoke", "tests", "benchmark", "graph", "hashes")]
     run = subprocess.run(
-        [*command, "benchmark=300"], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True
+        [*command, *limits], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True
     )
     report = report_in(tmp_path)
     steps = {name: step["status"] for name, step in report["steps"].items()}
-    in_kit = "passed" if KIT != ROOT else "could not run"  # the wheel is there, the kernels too
-    assert steps == {
-        "install": in_kit,
+    in_kit = {"install": "passed"} if KIT != ROOT else {}
+    assert steps == in_kit | {
         "smoke": "could not run",
         "kernels": "FAILED" if KIT != ROOT else "could not run",  # there is no driver
         "tests": "could not run",
@@ -61,7 +61,7 @@ def test_the_whole_report_without_a_gpu(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "not measured: cupy atomics: ModuleNotFoundError" in text
     assert "| tests | could not run" in text
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) <= FILES_BACK
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) <= FEW_FILES
 
 
 KERNELS = """#!/bin/sh
@@ -119,7 +119,7 @@ def started(kit, out, *options, **environment):
     return subprocess.Popen(command, env=ENVIRONMENT | environment, stdout=subprocess.DEVNULL)
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=150):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "what was waited for did not come"
@@ -139,13 +139,14 @@ def running_in(folder):
     return found
 
 
-@pytest.mark.parametrize("step", ["kernels", "tests", "benchmark"])
-def test_a_step_that_hangs_is_ended_with_its_children(small_kit, step):
+# Seconds that a step has; on a slow machine pytest takes some to start.
+@pytest.mark.parametrize(("step", "limit"), [("kernels", 4), ("tests", 20), ("benchmark", 8)])
+def test_a_step_that_hangs_is_ended_with_its_children(small_kit, step, limit):
     kit, out = small_kit(hanging=step)
-    process = started(kit, out, "--limits", f"{step}=8")
-    assert process.wait(timeout=100) == 1
+    process = started(kit, out, "--limits", f"{step}={limit}")
+    assert process.wait(timeout=200) == 1
     report = report_in(out)
-    assert report["steps"][step]["status"] == "stopped after 8 s"
+    assert report["steps"][step]["status"] == f"stopped after {limit} s"
     assert running_in(kit) == []
     assert_what_was_done(report, until=None)
     assert report["tests"]["failed_ids"] == ["tests/test_gpu.py::test_wrong"]
@@ -199,7 +200,7 @@ def test_a_missing_package_fails_its_step_alone(small_kit):
     kit, out = small_kit()
     (kit / "benchmarks/gpu/xdist.py").write_text("raise ImportError('no xdist here')")
     process = started(kit, out)
-    assert process.wait(timeout=100) == 1
+    assert process.wait(timeout=200) == 1
     report = report_in(out)
     assert report["steps"]["tests"]["status"] == "FAILED"
     assert "no xdist here" in report["steps"]["tests"]["output"]
@@ -208,10 +209,10 @@ def test_a_missing_package_fails_its_step_alone(small_kit):
 
 def test_a_second_call_runs_what_failed(small_kit):
     kit, out = small_kit()
-    assert started(kit, out).wait(timeout=100) == 1
+    assert started(kit, out).wait(timeout=200) == 1
     again = out.parent / "again"
     options = ["--only", "tests", "--failed", out / "report.json"]
-    assert started(kit, again, *options).wait(timeout=100) == 1
+    assert started(kit, again, *options).wait(timeout=200) == 1
     report = report_in(again)
     assert list(report["steps"]) == ["tests"]
     assert (report["tests"]["passed"], report["tests"]["failed"]) == (0, 1)

@@ -61,7 +61,7 @@ def program(tmp_path_factory):
 
 def run(program, *options):
     """(exit status, the lines of its output, its errors)."""
-    done = subprocess.run([program, *options], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program, *options], capture_output=True, text=True, timeout=300)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 

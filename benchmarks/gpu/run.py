@@ -14,7 +14,6 @@ import csv
 import ctypes
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE if (HERE / "benchmarks").is_dir() else HERE.parents[1]
 TOOLS = ROOT / "benchmarks/gpu"
-KERNELS = Path(os.environ.get("JAXWARP_KERNELS", HERE / "kernels"))  # kernels.cu, compiled
+# kernels.cu, compiled
+KERNELS = Path(os.environ.get("JAXWARP_KERNELS", HERE / "kernels")).resolve()
+CUDA, TOOLKIT = "/usr/local/cuda/bin", ("ncu", "compute-sanitizer")
 CANNOT = 77  # the exit status of a step that can say nothing here: automake's of a skipped test
 
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables")
@@ -42,8 +43,10 @@ METRICS = {
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2 %",
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue %",
     "smsp__inst_executed.sum": "warp instructions",
-    "lts__t_sectors_op_red.sum": "L2 sectors, reductions",
-    "lts__t_sectors_op_atom.sum": "L2 sectors, atomics",
+    "lts__d_atomic_input_cycles_active.avg.pct_of_peak_sustained_elapsed": "L2 atomics %",
+    "lts__xbar2lts_cycles_active.avg.pct_of_peak_sustained_elapsed": "crossbar to L2 %",
+    "lts__t_sectors_srcunit_tex_op_red.sum": "sectors of atomics",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio": "stalled on memory",
     "dram__bytes_read.sum": "DRAM read",
     "dram__bytes_write.sum": "DRAM written",
     "launch__registers_per_thread": "registers",
@@ -65,56 +68,77 @@ def python(*arguments: str) -> list[str]:
 
 
 def tool(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+    return shutil.which(name) or shutil.which(name, path=CUDA)
 
 
 def steps(options: argparse.Namespace, gpu: bool, earlier: dict) -> list[Step]:
-    """In the order of their worth."""
-    out = options.out
+    """In the order of their worth. Their limits add up to seven minutes."""
     required = {"JAXWARP_REQUIRE_CUDA": "1"} if gpu else {}
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes on one GPU
     wheels = sorted(map(str, HERE.glob("*.whl")))
-    install = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--force-reinstall"]
+    install = python("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--force-reinstall")
     checks = str(TOOLS / "checks.py")
-    pytest = python("-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
-    collected = earlier.get("tests", {}).get("failed_ids") or ["tests/test_gpu.py"]
-    workers = ["-n", str(options.processes), "--max-worker-restart=4", "--dist", "loadgroup"]
-    told = {"PYTHONPATH": str(TOOLS), "JAXWARP_EACH_TEST": str(out / "tests.jsonl")}
-    told |= shared | required
-    bench = ["-m", "benchmarks", "--gpu" if gpu else "--quick", "--out", str(out)]
-    bench += ["--patience", "40", "--seconds", "0.2"]
-    bench += (
-        []
-        if gpu
-        else ["--only", "backward_warp", "--peers", "xla", "torch", "torch.compile", "cupy atomics"]
-    )
+
+    pytest = python("-P", "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    one_by_one = [*pytest, "-p", "each_test"]
+    many = [*one_by_one, "-n", str(options.processes), "--max-worker-restart=4"]
+    tests = earlier.get("tests", {}).get("failed_ids") or ["tests/test_gpu.py"]
+    each_test = {"PYTHONPATH": str(TOOLS), "JAXWARP_EACH_TEST": str(options.out / "tests.jsonl")}
+
+    bench = python("-m", "benchmarks", "--out", str(options.out), "--seconds", "0.2")
+    peers = ["xla", "torch", "torch.compile", "cupy atomics"]
+    bench += ["--gpu", "--patience", "40"] if gpu else ["--quick", "--only", "backward_warp"]
+    bench += [] if gpu else ["--peers", *peers]
+
     once = [str(KERNELS), "--once", "--motion", "smooth"]
-    profile = ["--clock-control", "none", "--csv", "--page", "raw", "--target-processes", "all"]
-    profile += ["--kernel-name", "regex:gather|splat|normalise"]
-    profile += [word for section in SECTIONS for word in ("--section", section)]
-    guard = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+    ncu = [tool("ncu") or "", "--clock-control", "none", "--csv", "--page", "raw"]
+    ncu += ["--kernel-name", "regex:gather|splat|normalise"]
+    ncu += [word for section in SECTIONS for word in ("--section", section)]
+    sanitizer = [tool("compute-sanitizer") or "", "--report-api-errors", "no"]
+    sanitizer += ["--error-exitcode", "9", "--tool"]
     small = [*once, "--sizes", "61x67x3,33x35x17,40x40x64,16x2x4"]
-    tests = [f"tests/test_gpu.py::test_any_number_of_channels[{n}-float32]" for n in (3, 17, 64)]
-    no_kernels = "" if KERNELS.exists() else f"no compiled kernels.cu at {KERNELS}"
-    ncu, sanitizer = tool("ncu"), tool("compute-sanitizer")
-    here = [
-        Step("install", 15, [python(*install, *wheels)], missing="" if wheels else "no wheel here"),
+    three = [f"tests/test_gpu.py::test_any_number_of_channels[{n}-float32]" for n in (3, 17, 64)]
+    apart = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}  # so that a step past an array is seen
+
+    none = "" if gpu else "no GPU here"
+    binary = "" if KERNELS.exists() else f"no compiled kernels.cu at {KERNELS}"
+    lacking = {name: none or binary or f"no {name} on PATH or in {CUDA}" for name in TOOLKIT}
+    lacking |= {name: none or binary for name in TOOLKIT if tool(name)}
+    planned = [
+        Step("install", 15, [[*install, *wheels]]),
         Step("smoke", 20, [python(checks, "smoke")], shared),
-        Step("kernels", 25, [[str(KERNELS)]], missing=no_kernels),
-        Step("tests", 100, [[*pytest, *workers, "-p", "each_test", *collected]], told),
-        Step("benchmark", 150, [python(*bench)], shared | {"PYTHONPATH": str(ROOT)}),
+        Step("kernels", 25, [[str(KERNELS)]], missing=binary),
+        Step(
+            "tests",
+            100,
+            [
+                [*many, "-m", "gpu and not large", *tests],
+                [*one_by_one, "-m", "gpu and large", *tests],
+            ],
+            shared | required | each_test,
+        ),
+        Step("benchmark", 150, [bench], shared | {"PYTHONPATH": str(ROOT)}),
         Step("graph", 15, [python(checks, "graph")], shared),
         Step("hashes", 15, [python(checks, "hashes")], shared),
-        Step("ncu", 40, [[ncu or "", *profile, *once, "--sizes", "1080x1920x3,1080x1920x64"]],
-             missing=no_kernels or ("" if ncu else "no ncu on PATH or in /usr/local/cuda/bin")),
-        Step("sanitizer", 40, [
-            [sanitizer or "", *guard, *small],
-            [sanitizer or "", "--tool", "racecheck", *guard[2:], *small],
-            [sanitizer or "", *guard, "--kernel-name", "kns=jaxwarp", *pytest, *tests],
-        ], {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"} | required,
-             missing=no_kernels or ("" if sanitizer else "no compute-sanitizer")),
-    ]  # fmt: skip
-    return here
+        Step(
+            "ncu",
+            40,
+            [[*ncu, *once, "--sizes", "1080x1920x3,1080x1920x64"]],
+            missing=lacking["ncu"],
+        ),
+        Step(
+            "sanitizer",
+            40,
+            [
+                [*sanitizer, "memcheck", *small],
+                [*sanitizer, "racecheck", *small],
+                [*sanitizer, "memcheck", "--kernel-name", "kns=jaxwarp", *pytest, *three],
+            ],
+            apart | required,
+            missing=lacking["compute-sanitizer"],
+        ),
+    ]
+    return planned if wheels else planned[1:]  # where there is no kit, jaxwarp is installed
 
 
 def main() -> int:
@@ -137,7 +161,8 @@ def main() -> int:
         end_children()
         report.write()
         print(report.text())
-    return 0 if all(entry["status"] == "passed" for entry in report.steps.values()) else 1
+    good = ("passed", "could not run")
+    return 0 if all(entry["status"] in good for entry in report.steps.values()) else 1
 
 
 def arguments() -> argparse.Namespace:
@@ -160,6 +185,8 @@ def arguments() -> argparse.Namespace:
 
 def card(report: Report) -> bool:
     """Is there a GPU? Its name and driver go into the report."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
     command = [
         "nvidia-smi",
         "--query-gpu=name,driver_version,memory.total",
@@ -226,7 +253,9 @@ def follow(command: list[str], step: Step, report: Report, end: float) -> int | 
     )
     while time.monotonic() < end:
         try:
-            return process.wait(timeout=min(1.0, max(end - time.monotonic(), 0.01)))
+            status = process.wait(timeout=min(1.0, max(end - time.monotonic(), 0.01)))
+            print(f"exit status {status}" if status else "", file=report.log, flush=True)
+            return status
         except subprocess.TimeoutExpired:
             report.refresh()
     return None
@@ -251,7 +280,7 @@ def descendants() -> Iterator[int]:
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = stat.read_text().rpartition(")")[2].split()[1]
+            parent = stat.read_text(errors="replace").rpartition(")")[2].split()[1]
         except OSError:  # it has ended
             continue
         children.setdefault(int(parent), []).append(int(stat.parent.name))
@@ -357,7 +386,7 @@ class Report:
                 if "error" in entry
             ]
         if facts.get("ncu"):
-            keys = ["kernel", *METRICS.values()]
+            keys = ["kernel", "grid", *METRICS.values()]
             parts.append(table(keys, [[row.get(key, "") for key in keys] for row in facts["ncu"]]))
         return "\n\n".join(parts) + "\n"
 
@@ -399,16 +428,20 @@ def compared(entries: list[dict]) -> str:
     peers = [p for p in dict.fromkeys(e["peer"] for e in entries) if p not in ("jaxwarp", "copy")]
     rows = []
     for case, found in grouped.items():
-        ours = found.get("jaxwarp", {}).get("warm")
+        ours = timed(found.get("jaxwarp", {}))
         row = [case]
         for value in ("median_ms", "gb_per_s"):
             row.append(short(ours[value]) if ours else "failed")
         row.append(f"{100 / ours['to_copy']:.0f} %" if ours and "to_copy" in ours else "")
         for peer in peers:
-            theirs = found.get(peer, {}).get("warm")
+            theirs = timed(found.get(peer, {}))
             row.append(short(theirs["median_ms"] / ours["median_ms"]) if theirs and ours else "")
         rows.append(row)
     return table(["case", "ms", "GB/s", "of the copy", *[f"{p} / jaxwarp" for p in peers]], rows)
+
+
+def timed(entry: dict) -> dict | None:
+    return None if "error" in entry else entry.get("warm")
 
 
 def profiled(lines: list[str]) -> Iterator[dict]:
@@ -420,13 +453,13 @@ def profiled(lines: list[str]) -> Iterator[dict]:
     for row in rows[2:]:
         values = dict(zip(head, row, strict=False))
         unit = dict(zip(head, units, strict=False))
-        name = re.sub(r"\(.*", "", re.sub(r"<.*", "", values.get("Kernel Name", "")))
+        name = values.get("Kernel Name", "").partition("<")[0].rpartition("::")[2]
         metrics = {
             known: f"{values[metric]} {unit[metric]}".replace(" %", "").strip()
             for metric, known in METRICS.items()
             if metric in values
         }
-        yield {"kernel": name, "grid": values.get("Grid Size"), **metrics, "all": values}
+        yield {"kernel": name, "grid": values.get("Grid Size"), **metrics}
 
 
 def short(value: object) -> str:
