@@ -233,7 +233,8 @@ def execute(step: Step, report: Report) -> None:
     finally:
         end_children()
         entry |= {"status": kind, "seconds": round(time.monotonic() - start, 1)}
-        entry["output"] = "\n".join(report.printed().strip().splitlines()[-25:])
+        if kind != "passed":  # what a good step printed is in the log
+            entry["output"] = "\n".join(report.printed().strip().splitlines()[-25:])
         report.write()
         print(f"== {step.name}: {kind}, {entry['seconds']} s", flush=True)
 
@@ -254,7 +255,8 @@ def follow(command: list[str], step: Step, report: Report, end: float) -> int | 
     while time.monotonic() < end:
         try:
             status = process.wait(timeout=min(1.0, max(end - time.monotonic(), 0.01)))
-            print(f"exit status {status}" if status else "", file=report.log, flush=True)
+            if status not in (0, CANNOT):
+                print(f"exit status {status}", file=report.log, flush=True)
             return status
         except subprocess.TimeoutExpired:
             report.refresh()
