@@ -45,8 +45,11 @@ struct Launch {
 struct UsualCall : Call {
   static bool is(const Call& call) {
     const bool whole = call.points.dtype != ffi::F16 && call.points.dtype != ffi::BF16;
-    const bool weighted = call.importance.data != nullptr || call.peak.data != nullptr ||
-                          call.reduce == Reduce::kSoftmax;
+    bool weighted = call.reduce == Reduce::kSoftmax;  // or has a derivative in a weight that is 1
+    for (const Operand* operand :
+         {&call.importance, &call.peak, &call.d_importance, &call.ct_importance}) {
+      weighted = weighted || operand->data != nullptr;
+    }
     const int (&order)[3] = call.sampling.order;
     const bool differentiated = order[0] != 0 || order[1] != 0 || order[2] != 0;
     const bool periodic = call.sampling.boundary != Boundary::kConstant &&
