@@ -40,8 +40,8 @@ struct Launch {
   static constexpr int64_t kMaxIndex32 = 1 << 29;  // elements: leaves room for 2 n in corner_index
 };
 
-// What most calls are. The host looks at it once, and takes kernels that do not look at every
-// point; their code is an eighth as long.
+// What most calls are. The host finds that out once and takes kernels that do not ask again at
+// every point; their code is an eighth as long.
 struct UsualCall : Call {
   static bool is(const Call& call) {
     const bool whole = call.points.dtype != ffi::F16 && call.points.dtype != ffi::BF16;
@@ -109,7 +109,7 @@ __device__ void emit_lanes(const Work<Index, kUsual>& work, Index item, A (&part
   }
 }
 
-// The position of a usual call: neither its method nor its boundary is asked for what it has not.
+// A position in a usual call. The compiler sees that its boundary has no period.
 template <Method M, int D, class Real, class Index>
 struct UsualStencil : UndifferentiatedStencil<M, D, Real, Index> {
   __device__ UsualStencil(const Real (&p)[D], const Index* size, Boundary boundary)
@@ -224,7 +224,7 @@ template <class A>
 struct FixedPointSums {
   FixedPoint<A> sums;
   __device__ FixedPoint<A> of(const Call& call, const Operand& operand, int64_t b) const {
-    FixedPoint<A> own = sums + (operand.first_sum + call.batch.offset(b, operand.stride));
+    FixedPoint<A> own = sums + (operand.first_sum + call.offset(operand, b));
     if (operand.data == nullptr) own.limb = nullptr;
     return own;
   }
@@ -445,9 +445,8 @@ void with_sums(cudaStream_t stream, const Call& call, std::initializer_list<cons
   using A = Accumulator<typename Types::Value>;
   if (!call.deterministic) {
     for (const Operand* output : outputs) fill_zero<A>(stream, *output);
-    return with_pack_and_index<typename Types::Value>(call, [&](auto pack, auto index, auto usual) {
-      body(AtomicSums<A>{}, pack, index, usual);
-    });
+    return with_pack_and_index<typename Types::Value>(
+        call, [&](auto... chosen) { body(AtomicSums<A>{}, chosen...); });
   }
   if (call.sums == 0) return;
   constexpr int64_t kCorners = Stencil<Types::kMethod, Types::kDims, A, int64_t>::kCorners;
