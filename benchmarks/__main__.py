@@ -27,11 +27,14 @@ ON_GPU = tuple(p for p in PEERS if p not in (REFERENCE, "map_coordinates", "open
 
 
 class Worker:
-    """A process of benchmarks/worker.py; ended where an answer takes longer than `patience`."""
+    """A process of benchmarks/worker.py; ended where an answer takes longer than `patience`.
+
+    strikes: two for an answer that did not come, one for a process that ended by itself.
+    """
 
     def __init__(self, library: str, threads: list[int], patience: float) -> None:
         self.library, self.threads, self.patience = library, threads, patience
-        self.failures = 0
+        self.strikes = 0
         self.start()
 
     def start(self) -> None:
@@ -65,10 +68,12 @@ class Worker:
             if not select.select([self.process.stdout], [], [], self.patience)[0]:
                 self.process.kill()
                 self.late = f"no answer in {self.patience:.0f} s"
+                self.strikes += 2
             elif part := os.read(self.process.stdout.fileno(), 2**20):
                 self.read += part
             else:
                 self.late = f"ended, status {self.process.wait()}"
+                self.strikes += 1
         if b"\n" not in self.read:
             return {"error": self.late}
         line, _, self.read = self.read.partition(b"\n")
@@ -78,7 +83,6 @@ class Worker:
         """A new process: an error on a GPU can spoil all that the old one would do later."""
         self.process.kill()
         self.process.wait()
-        self.failures += 1
         self.start()
         self.receive()
 
@@ -86,7 +90,7 @@ class Worker:
     def given_up(self) -> bool:
         """It costs more time than it gives; not so jaxwarp and the reference, which all need."""
         needed = self.library in ("jaxwarp", PEERS[REFERENCE])
-        return not needed and (bool(self.late) or self.failures > 1)
+        return not needed and self.strikes > 1
 
     def ask(self, **request) -> dict:
         self.send(**request)
@@ -153,10 +157,12 @@ def run(case: Case, peers: list[str], workers: dict[str, Worker], *, seconds: fl
                 entry["correct"] = entry["difference"] <= tolerance(case, peer)
                 if not entry["correct"]:
                     entry["error"] = f"wrong result ({mode}): off by {found:.2g}"
-    failed = {PEERS[peer] for peer, entry in entries.items() if "error" in entry}
+    # A wrong result says nothing against the process that it comes from.
+    wrong = {peer for peer, entry in entries.items() if not entry.get("correct", True)}
+    failed = {PEERS[p] for p, entry in entries.items() if "error" in entry and p not in wrong}
     for library, worker in workers.items():
-        lost = library in failed or "error" in worker.ask(do="drop")
-        if lost and not worker.given_up:
+        failed |= {library} if "error" in worker.ask(do="drop") else set()
+        if library in failed and not worker.given_up:
             worker.renew()
     for peer, entry in entries.items():
         entry |= {mode: summary(found) for mode, found in times[peer].items() if found}
@@ -197,15 +203,15 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    given = [name for name in ("full", "quick", "gpu") if getattr(options, name)] or ["default"]
-    chosen = [case for case in getattr(cases, given[0])() if options.only in str(case)]
+    choices = {cases.full: options.full, cases.quick: options.quick, cases.gpu: options.gpu}
+    listed = next((listed for listed, asked in choices.items() if asked), cases.default)
+    chosen = [case for case in listed() if options.only in str(case)]
     if options.list:
         print(*chosen, sep="\n")
         return 0
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     threads = sorted(affinity(0))[: options.threads]
-    usual = [peer for peer in PEERS if options.full or peer != REFERENCE]
-    usual = ON_GPU if options.gpu else usual
+    usual = [p for p in PEERS if options.full or p != REFERENCE] if not options.gpu else ON_GPU
     peers = list(dict.fromkeys(["jaxwarp", "copy", *(options.peers or usual)]))
 
     start, workers = time.monotonic(), {}
@@ -235,9 +241,8 @@ def main() -> int:
         for library in [name for name, worker in workers.items() if worker.given_up]:
             lost = workers.pop(library)
             lost.process.kill()
-            why = lost.late or "failed in two cases"
             names = [peer for peer in peers if PEERS[peer] == library]
-            data["missing"] |= dict.fromkeys(names, f"{why}; left out after {case}")
+            data["missing"] |= dict.fromkeys(names, f"{lost.late}; left out after {case}")
             peers = [peer for peer in peers if peer not in names]
         data["seconds"] = time.monotonic() - start
         report.write(data, options.out)

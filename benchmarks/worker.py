@@ -53,9 +53,9 @@ def measure(program: Program, *, warm: bool, seconds: float, count: int, last: f
     """
     keep_memory(warm)
     times: list[float] = []
+    work = program.work if warm else 1
     end = time.perf_counter() + seconds
     while not times or (time.perf_counter() < end and len(times) < count):
-        work = program.work if warm else 1
         calls = max(1, min(10000, int(min(WARM_SECONDS, seconds) / last / work))) if warm else 1
         result = None  # freed before the clock starts
         start = time.perf_counter()

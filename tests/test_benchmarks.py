@@ -18,11 +18,9 @@ OPERATIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """The finished process, and the folder with its results; OpenCV does not load there."""
-    folder = tmp_path_factory.mktemp("bench")
-    (folder / "cv2.py").write_text("raise ImportError('no OpenCV here')")
+def smoke_run(folder, cv2, *options):
+    """The finished process, and the folder with its results; cv2: the source of OpenCV there."""
+    (folder / "cv2.py").write_text(cv2)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
@@ -32,9 +30,42 @@ def smoke(tmp_path_factory):
     }
     command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(folder / "out")]
     process = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600
+        [*command, *options],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     return process, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return smoke_run(tmp_path_factory.mktemp("bench"), "raise ImportError('no OpenCV here')")
+
+
+# What a call of OpenCV does, in a process of its own.
+@pytest.mark.parametrize(
+    ("remap", "error", "left_out"),
+    [("os._exit(3)", "ended, status 3", False), ("time.sleep(1000)", "no answer in 60 s", True)],
+    ids=["ends", "hangs"],
+)
+def test_a_failing_peer_costs_no_other_result(tmp_path, remap, error, left_out):
+    cv2 = f"""
+import os, time
+__version__, INTER_LINEAR, BORDER_CONSTANT = "0", 1, 0
+def setNumThreads(count): pass
+def remap(*arguments): {remap}
+"""
+    options = ["--only", "3 flows", "--peers", "xla", "opencv", "--patience", "60"]
+    process, folder = smoke_run(tmp_path, cv2, *options)
+    assert process.returncode == 1, process.stdout + process.stderr
+    data = json.loads((folder / "results.json").read_text())
+    found = {entry["peer"]: entry for entry in data["results"]}
+    assert found["opencv"]["error"] == error
+    assert all(found[peer]["correct"] for peer in ("jaxwarp", "xla"))
+    assert ("opencv" in data["missing"]) == left_out
 
 
 def test_every_operation_is_timed_and_right(smoke):

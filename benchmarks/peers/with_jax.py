@@ -155,12 +155,14 @@ def program(function: Callable, case: Case, *, normalised: bool = False) -> Prog
         return jax.block_until_ready(call(flow, others))
 
     if jax.default_backend() == "cpu":
-        return Program(cold=cold, warm=repeated(run, flow, others), read=read)
+        return Program(cold=cold, warm=repeated(run, call, flow, others), read=read)
     return Program(cold=cold, warm=rotated(run, flow, others), read=read, work=ROTATED)
 
 
-def repeated(run: Callable, flow: jax.Array, others: dict[str, jax.Array]) -> Callable:
-    """Calls in a loop of XLA, for a CPU."""
+def repeated(
+    run: Callable, call: Callable, flow: jax.Array, others: dict[str, jax.Array]
+) -> Callable:
+    """Calls in a loop of XLA, for a CPU. `call` is the jitted `run`."""
 
     # Each turn takes a number of the last result into the flow, times 0: so no turn can be left
     # out, and the flow and the results stay in their (donated) buffers. The barrier keeps the
@@ -182,7 +184,7 @@ def repeated(run: Callable, flow: jax.Array, others: dict[str, jax.Array]) -> Ca
     def warm(count: int) -> tuple[jax.Array, ...]:
         nonlocal state
         if state is None:
-            state = flow + 0, jax.jit(run)(flow, others)
+            state = flow + 0, call(flow, others)
         state = jax.block_until_ready(loop(count, state, others))
         return state[1]
 
