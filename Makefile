@@ -34,7 +34,8 @@ ARCHITECTURES = $(if $(filter none,$(CUDA_ARCH)),$(call define,JAXWARP_CUDA=OFF)
   $(CUDA_ARCH),$(call define,CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH))))
 
 # Where the environment's jaxlib has its headers; for use in recipes.
-FFI_INCLUDE = $$($(BIN)/python -c "import jax; print(jax.ffi.include_dir())")
+ffi_include = $$($(1) -c "import jax; print(jax.ffi.include_dir())")
+FFI_INCLUDE = $(call ffi_include,$(BIN)/python)
 
 # What depends on the version of Python and jax: 3.11 has the newest jax that there is for it, the
 # first of these the oldest that is supported, the others the newest. One wheel serves them all
@@ -210,7 +211,7 @@ test-gpu: ## Run the GPU tests with PYTHON, against the jaxwarp installed there
 
 # The kernels alone, for one architecture: $(call kernels,PYTHON with jax,the program)
 kernels = nvcc -std=c++17 -O3 -arch=sm_$(KIT_ARCH) --expt-relaxed-constexpr -o $(2) \
-  benchmarks/gpu/kernels.cu -isystem $$($(1) -c "import jax; print(jax.ffi.include_dir())")
+  benchmarks/gpu/kernels.cu -isystem $(call ffi_include,$(1))
 
 gpu-report: ## All about the GPU in 7 minutes, with PYTHON as test-gpu: tests, checks, benchmark
 	mkdir -p build/gpu

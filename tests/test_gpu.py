@@ -16,7 +16,6 @@ import jaxwarp
 from jaxwarp import reference
 
 pytestmark = pytest.mark.gpu
-LARGE = pytest.mark.large
 
 # Atomic additions come in any order: float64 sums of a few numbers near 1, and what dividing them
 # by the least D_j, (1/64)^3, makes of their rounding.
@@ -147,7 +146,7 @@ def pulled(function):
     return run
 
 
-@LARGE
+@pytest.mark.large
 def test_a_flow_past_31_bits():
     """More than 2^31 elements in image and result: 4 GiB each."""
     warp = partial(jaxwarp.backward_warp, boundary="wrap")
@@ -163,7 +162,7 @@ def test_a_flow_past_31_bits():
     assert_each_copy_close(on_gpu(run, image, flow), expected, TOLERANCE["float16"])
 
 
-@LARGE
+@pytest.mark.large
 def test_points_past_31_bits():
     """More than 2^31 pixels of float32, 8 GiB: sums into the four corners, samples of them, and
     slopes. A small canvas of the corners alone has the same."""
@@ -192,7 +191,7 @@ def test_points_past_31_bits():
     cases.assert_close(on_gpu(corners(jaxwarp, large), values, far, ct), expected, SINGLE)
 
 
-@LARGE
+@pytest.mark.large
 @pytest.mark.parametrize("op", ["backward_warp", "forward_warp"])
 @pytest.mark.parametrize(
     ("dtype", "channels", "copies"),

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 CANNOT = 77
@@ -85,10 +86,10 @@ def hashes() -> bool:
     flow = rng.random((256, 256, 2), np.float32) * 64 - 32
 
     def gradients(deterministic):
+        warp = partial(jaxwarp.backward_warp, deterministic=deterministic)
+
         def run(image, flow):
-            out, vjp = jax.vjp(
-                lambda i, f: jaxwarp.backward_warp(i, f, deterministic=deterministic), image, flow
-            )
+            out, vjp = jax.vjp(warp, image, flow)
             return vjp(out)
 
         return run
@@ -99,7 +100,7 @@ def hashes() -> bool:
         ("its gradients", gradients(False), False),
         ("its gradients, deterministic", gradients(True), True),
         ("forward_warp", jaxwarp.forward_warp, False),
-        ("forward_warp, deterministic", splat_deterministic(jaxwarp), True),
+        ("forward_warp, deterministic", partial(jaxwarp.forward_warp, deterministic=True), True),
     ):
         run = jax.jit(function)
         found = set()
@@ -109,10 +110,6 @@ def hashes() -> bool:
         print(f"{name}: {len(found)} different results in 10 runs")
         right &= len(found) == 1 or not promised
     return right
-
-
-def splat_deterministic(jaxwarp):
-    return lambda i, f: jaxwarp.forward_warp(i, f, deterministic=True)
 
 
 def modules():

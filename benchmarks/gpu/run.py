@@ -28,12 +28,32 @@ ROOT = HERE if (HERE / "benchmarks").is_dir() else HERE.parents[1]
 TOOLS = ROOT / "benchmarks/gpu"
 # kernels.cu, compiled
 KERNELS = Path(os.environ.get("JAXWARP_KERNELS", HERE / "kernels")).resolve()
-CUDA, TOOLKIT = "/usr/local/cuda/bin", ("ncu", "compute-sanitizer")
+CUDA = "/usr/local/cuda/bin"
 CANNOT = 77  # the exit status of a step that can say nothing here: automake's of a skipped test
 
-SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables")
-SECTIONS = (*SECTIONS, "SchedulerStats", "WarpStateStats", "InstructionStats", "LaunchStats")
-SECTIONS = (*SECTIONS, "Occupancy")
+# The steps, in the order of their worth, and the seconds that each has: seven minutes in all.
+LIMITS = {
+    "install": 15.0,
+    "smoke": 20.0,
+    "kernels": 25.0,
+    "tests": 100.0,
+    "benchmark": 150.0,
+    "graph": 15.0,
+    "hashes": 15.0,
+    "ncu": 40.0,
+    "sanitizer": 40.0,
+}
+
+SECTIONS = (
+    "SpeedOfLight",
+    "MemoryWorkloadAnalysis",
+    "MemoryWorkloadAnalysis_Tables",
+    "SchedulerStats",
+    "WarpStateStats",
+    "InstructionStats",
+    "LaunchStats",
+    "Occupancy",
+)
 # Of ncu's metrics those that tell what limits a kernel.
 METRICS = {
     "gpu__time_duration.sum": "time",
@@ -56,8 +76,7 @@ METRICS = {
 
 @dataclass
 class Step:
-    name: str
-    limit: float  # seconds
+    name: str  # of LIMITS
     commands: list[list[str]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     missing: str = ""  # why it cannot run here
@@ -72,7 +91,7 @@ def tool(name: str) -> str | None:
 
 
 def steps(options: argparse.Namespace, gpu: bool, earlier: dict) -> list[Step]:
-    """In the order of their worth. Their limits add up to seven minutes."""
+    """In the order of LIMITS."""
     required = {"JAXWARP_REQUIRE_CUDA": "1"} if gpu else {}
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes on one GPU
     wheels = sorted(map(str, HERE.glob("*.whl")))
@@ -86,9 +105,11 @@ def steps(options: argparse.Namespace, gpu: bool, earlier: dict) -> list[Step]:
     each_test = {"PYTHONPATH": str(TOOLS), "JAXWARP_EACH_TEST": str(options.out / "tests.jsonl")}
 
     bench = python("-m", "benchmarks", "--out", str(options.out), "--seconds", "0.2")
-    peers = ["xla", "torch", "torch.compile", "cupy atomics"]
-    bench += ["--gpu", "--patience", "40"] if gpu else ["--quick", "--only", "backward_warp"]
-    bench += [] if gpu else ["--peers", *peers]
+    if gpu:
+        bench += ["--gpu", "--patience", "40"]
+    else:
+        bench += ["--quick", "--only", "backward_warp"]
+        bench += ["--peers", "xla", "torch", "torch.compile", "cupy atomics"]
 
     once = [str(KERNELS), "--once", "--motion", "smooth"]
     ncu = [tool("ncu") or "", "--clock-control", "none", "--csv", "--page", "raw"]
@@ -100,42 +121,38 @@ def steps(options: argparse.Namespace, gpu: bool, earlier: dict) -> list[Step]:
     three = [f"tests/test_gpu.py::test_any_number_of_channels[{n}-float32]" for n in (3, 17, 64)]
     apart = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}  # so that a step past an array is seen
 
-    none = "" if gpu else "no GPU here"
     binary = "" if KERNELS.exists() else f"no compiled kernels.cu at {KERNELS}"
-    lacking = {name: none or binary or f"no {name} on PATH or in {CUDA}" for name in TOOLKIT}
-    lacking |= {name: none or binary for name in TOOLKIT if tool(name)}
+
+    def lacking(name: str) -> str:
+        if not gpu:
+            return "no GPU here"
+        return binary or ("" if tool(name) else f"no {name} on PATH or in {CUDA}")
+
     planned = [
-        Step("install", 15, [[*install, *wheels]]),
-        Step("smoke", 20, [python(checks, "smoke")], shared),
-        Step("kernels", 25, [[str(KERNELS)]], missing=binary),
+        Step("install", [[*install, *wheels]]),
+        Step("smoke", [python(checks, "smoke")], shared),
+        Step("kernels", [[str(KERNELS)]], missing=binary),
         Step(
             "tests",
-            100,
             [
                 [*many, "-m", "gpu and not large", *tests],
                 [*one_by_one, "-m", "gpu and large", *tests],
             ],
             shared | required | each_test,
         ),
-        Step("benchmark", 150, [bench], shared | {"PYTHONPATH": str(ROOT)}),
-        Step("graph", 15, [python(checks, "graph")], shared),
-        Step("hashes", 15, [python(checks, "hashes")], shared),
-        Step(
-            "ncu",
-            40,
-            [[*ncu, *once, "--sizes", "1080x1920x3,1080x1920x64"]],
-            missing=lacking["ncu"],
-        ),
+        Step("benchmark", [bench], shared | {"PYTHONPATH": str(ROOT)}),
+        Step("graph", [python(checks, "graph")], shared),
+        Step("hashes", [python(checks, "hashes")], shared),
+        Step("ncu", [[*ncu, *once, "--sizes", "1080x1920x3,1080x1920x64"]], missing=lacking("ncu")),
         Step(
             "sanitizer",
-            40,
             [
                 [*sanitizer, "memcheck", *small],
                 [*sanitizer, "racecheck", *small],
                 [*sanitizer, "memcheck", "--kernel-name", "kns=jaxwarp", *pytest, *three],
             ],
             apart | required,
-            missing=lacking["compute-sanitizer"],
+            missing=lacking("compute-sanitizer"),
         ),
     ]
     return planned if wheels else planned[1:]  # where there is no kit, jaxwarp is installed
@@ -151,12 +168,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     gpu = card(report)
     planned = [step for step in steps(options, gpu, earlier) if step.name in options.only]
-    for step in planned:
-        step.limit = options.limits.get(step.name, step.limit)
-        report.steps[step.name] = {"status": "not started"}
+    report.steps = {step.name: {"status": "not started"} for step in planned}
     try:
         for step in planned:
-            execute(step, report)
+            execute(step, report, options.limits[step.name])
     finally:
         end_children()
         report.write()
@@ -166,20 +181,20 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    names = [s.name for s in steps(argparse.Namespace(out=Path(), processes=1), True, {})]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP",
-                        help="of " + ", ".join(names))  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=LIMITS, default=[*LIMITS], metavar="STEP",
+                        help="of " + ", ".join(LIMITS))  # fmt: skip
     parser.add_argument("--failed", type=Path, metavar="REPORT",
                         help="run the tests alone that failed in this report.json")  # fmt: skip
     parser.add_argument("--processes", type=int, default=12, help="of the tests")
     parser.add_argument("--limits", nargs="*", default=[], metavar="STEP=SECONDS")
     options = parser.parse_args()
     options.out = options.out.resolve()
-    options.limits = {name: float(s) for name, s in (limit.split("=") for limit in options.limits)}
-    if unknown := options.limits.keys() - set(names):
-        parser.error(f"--limits: expected steps of {', '.join(names)}, got {', '.join(unknown)}")
+    limits = {name: float(s) for name, s in (limit.split("=") for limit in options.limits)}
+    if unknown := limits.keys() - LIMITS.keys():
+        parser.error(f"--limits: expected steps of {', '.join(LIMITS)}, got {', '.join(unknown)}")
+    options.limits = LIMITS | limits
     return options
 
 
@@ -201,7 +216,7 @@ def card(report: Report) -> bool:
     return True
 
 
-def execute(step: Step, report: Report) -> None:
+def execute(step: Step, report: Report, limit: float) -> None:
     entry: dict = {"status": "running"}
     report.steps[step.name] = entry
     report.write()
@@ -212,18 +227,19 @@ def execute(step: Step, report: Report) -> None:
         report.write()
         return
     try:
-        status = 0
+        statuses: set[int | None] = set()
         for command in step.commands:
-            found = follow(command, step, report, start + step.limit)
-            status = found or status
-            if found is None:
-                break
-        kind = {0: "passed", CANNOT: "could not run"}.get(status, "FAILED")
+            if None not in statuses:
+                statuses.add(follow(command, step, report, start + limit))
         report.write()
-        if step.name == "tests" and status == 0 and not report.facts["tests"]["passed"]:
-            kind = "could not run"  # all were skipped: why, stands with their number
-        if found is None:
-            kind = f"stopped after {step.limit:.0f} s"
+        if None in statuses:
+            kind = f"stopped after {limit:.0f} s"
+        elif statuses - {0, CANNOT}:
+            kind = "FAILED"
+        elif CANNOT in statuses or (step.name == "tests" and not report.any_passed()):
+            kind = "could not run"  # of skipped tests it stands with their number why
+        else:
+            kind = "passed"
     except OSError as error:
         kind = "could not run"
         print(error, file=report.log, flush=True)
@@ -267,7 +283,7 @@ def end_children() -> None:
     """Ends all that descends from this process: first politely, so that logs are written."""
     for what, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0)):
         end = time.monotonic() + patience
-        for pid in list(descendants()):
+        for pid in descendants():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, what)
         while time.monotonic() < end:
@@ -278,7 +294,8 @@ def end_children() -> None:
                 return
 
 
-def descendants() -> Iterator[int]:
+def descendants() -> list[int]:
+    """Of this process: children after those that they have themselves."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -289,7 +306,7 @@ def descendants() -> Iterator[int]:
     found = [os.getpid()]
     for pid in found:
         found += children.get(pid, [])
-    return iter(found[:0:-1])
+    return found[:0:-1]
 
 
 def prctl(option: int, value: int) -> None:
@@ -331,6 +348,9 @@ class Report:
         elif self.step == "smoke":
             told = [parsed(line.removeprefix("versions: ")) for line in lines]
             self.facts["versions"] = next(filter(None, told), None)
+
+    def any_passed(self) -> bool:
+        return self.facts.get("tests", {}).get("passed", 0) > 0
 
     def refresh(self) -> None:
         """Writes where a step has printed or a test or a case has ended since the last time."""
