@@ -6,8 +6,12 @@ Without a GPU those are skipped, or, with JAXWARP_REQUIRE_CUDA=1, fail.
 
 import os
 
-import jax
-import pytest
+import remembered
+
+remembered.remember_programs()
+
+import jax  # noqa: E402 - it reads its settings now
+import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of sharding; all others use the first one

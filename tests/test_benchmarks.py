@@ -48,7 +48,7 @@ def smoke(tmp_path_factory):
 # What a call of OpenCV does, in a process of its own.
 @pytest.mark.parametrize(
     ("remap", "error", "left_out"),
-    [("os._exit(3)", "ended, status 3", False), ("time.sleep(1000)", "no answer in 60 s", True)],
+    [("os._exit(3)", "ended, status 3", False), ("time.sleep(1000)", "no answer in 30 s", True)],
     ids=["ends", "hangs"],
 )
 def test_a_failing_peer_costs_no_other_result(tmp_path, remap, error, left_out):
@@ -58,7 +58,7 @@ __version__, INTER_LINEAR, BORDER_CONSTANT = "0", 1, 0
 def setNumThreads(count): pass
 def remap(*arguments): {remap}
 """
-    options = ["--only", "3 flows", "--peers", "xla", "opencv", "--patience", "60"]
+    options = ["--only", "3 flows", "--peers", "xla", "opencv", "--patience", "30"]
     process, folder = smoke_run(tmp_path, cv2, *options)
     assert process.returncode == 1, process.stdout + process.stderr
     data = json.loads((folder / "results.json").read_text())

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import HealthCheck, given, settings
+from remembered import remembered
 
 import jaxwarp
 from jaxwarp import reference
@@ -99,7 +100,8 @@ def test_values(call):
     actual = jax.jit(case.function(jaxwarp))(*arrays)
     wide = np.float64 if dtype == np.float64 else np.float32
     arrays[0] = arrays[0].astype(wide)
-    expected = jax.jit(case.function(reference))(*arrays)
+    name = f"values of {case!r}"
+    expected = remembered(jax.jit(case.function(reference)), *arrays, name=name)
     # The rounding of the sums, and that to the storage dtype.
     tolerance = 1e-12 if wide == np.float64 and arrays[1].dtype == wide else 1e-5
     fill = case.options["fill_value"] if case.op in ("gather", "backward_warp") else 0
@@ -124,8 +126,10 @@ def test_cotangents(call):
                 jax.tree.map(lambda o: jnp.cos(jnp.arange(float(o.size)).reshape(o.shape)), out)
             )
 
-        return jax.jit(run)(*arrays)
+        return jax.jit(run)
 
-    actual, expected = (cotangents(case.function(module)) for module in (jaxwarp, reference))
+    actual = cotangents(case.function(jaxwarp))(*arrays)
+    name = f"cotangents of {case!r}"
+    expected = remembered(cotangents(case.function(reference)), *arrays, name=name)
     # The least denominator, 0.25 / 64^3, magnifies the rounding.
     cases.assert_close(actual, expected, 1e-9)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from remembered import remembered
 
 import jaxwarp
 from jaxwarp import _sharding, reference
@@ -172,7 +173,8 @@ def with_cotangents(function):
 def expected(operation):
     """Results and cotangents by the reference, on one device."""
     function, names = OPERATIONS[operation]
-    return jax.jit(with_cotangents(partial(function, reference)))(*arrays(*names))
+    compute = jax.jit(with_cotangents(partial(function, reference)))
+    return remembered(compute, *arrays(*names), name=operation)
 
 
 def collectives(program, *arrays):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from remembered import remembered
 
 import jaxwarp
 from jaxwarp import reference
@@ -472,7 +473,7 @@ def grad_of_map(f, a):
 def test_transformation(name, case):
     transformed, forward, _ = TRANSFORMATIONS[name]
     arrays = Arrays.of(case)
-    expected = jax.jit(partial(transformed, case.function(reference)))(arrays)
+    expected = remembered(jax.jit(partial(transformed, case.function(reference))), arrays)
     full, reverse = (
         partial(transformed, case.function(jaxwarp, forward_mode=mode)) for mode in (True, False)
     )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from remembered import remembered
 
 import jaxwarp
 from jaxwarp import reference
@@ -34,7 +35,7 @@ def both(case, *arrays, **more):
     The reference runs op by op here: over many cases that is faster than compiling each.
     """
     actual = jax.jit(case.function(jaxwarp, **more))(*arrays)
-    return actual, case.function(reference, **more)(*arrays)
+    return actual, remembered(case.function(reference, **more), *arrays)
 
 
 def upcast(arrays, dtype):
@@ -65,7 +66,7 @@ def test_float64(case):
 @pytest.mark.parametrize("case", cases.FEW, ids=str)
 def test_without_jit(case):
     arrays = case.inputs(seed=1)
-    expected = case.function(reference)(*arrays)
+    expected = remembered(case.function(reference), *arrays)
     cases.assert_close(case.function(jaxwarp)(*arrays), expected, EXACT)
 
 
@@ -74,7 +75,7 @@ def test_float32(case):
     arrays = case.inputs(dtype="float32", point_dtype="float32")
     actual = jax.jit(case.function(jaxwarp))(*arrays)
     assert all(out.dtype == np.float32 for out in jax.tree.leaves(actual))
-    expected = case.function(reference)(*upcast(arrays, np.float64))
+    expected = remembered(case.function(reference), *upcast(arrays, np.float64))
     cases.assert_close(actual, expected, SINGLE)
 
 
@@ -83,7 +84,7 @@ def test_float32(case):
 def test_half_precision_is_rounded_once(case, dtype):
     arrays = case.inputs(dtype=dtype, point_dtype="float32")
     actual = jax.jit(case.function(jaxwarp))(*arrays)
-    exact = case.function(reference)(*upcast(arrays, np.float32))
+    exact = remembered(case.function(reference), *upcast(arrays, np.float32))
     assert jax.tree.leaves(actual)[0].dtype == dtype
     if "return_coverage" in case.options:
         assert actual[1].dtype == np.float32
@@ -105,7 +106,7 @@ def test_dtypes_mix(case, dtype, point_dtype):
     actual, expected = both(case, *arrays)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.dtype == e.dtype
-    exact = case.function(reference)(*upcast(arrays, np.float64))
+    exact = remembered(case.function(reference), *upcast(arrays, np.float64))
     if case.op == "forward_warp":
         cases.assert_close(actual[1], exact[1], SINGLE)
         actual, exact = actual[0], exact[0]
@@ -141,7 +142,7 @@ def test_wide_images_in_half_precision(op, dtype, flow_dtype):
 @pytest.mark.parametrize("case", ONE_OF_EACH_OP, ids=str)
 def test_without_x64(case):
     arrays = case.inputs()
-    expected = case.function(reference)(*arrays)
+    expected = remembered(case.function(reference), *arrays)
     with jax.enable_x64(False):
         actual = jax.jit(case.function(jaxwarp))(*arrays)  # NumPy's float64 becomes float32
         assert all(out.dtype == np.float32 for out in jax.tree.leaves(actual))
@@ -155,7 +156,7 @@ def test_without_x64(case):
 @pytest.mark.parametrize("case", ONE_OF_EACH_OP, ids=str)
 def test_any_array_like(case):
     arrays = case.inputs("random")
-    expected = case.function(reference)(*arrays)
+    expected = remembered(case.function(reference), *arrays)
 
     def strided(a):
         wide = np.zeros([2 * n for n in a.shape])
@@ -184,7 +185,9 @@ def test_any_number_of_channels(channels, dtype):
             module.forward_warp(image, flow),
         )
 
-    exact = jax.jit(lambda image: everything(reference, image))(np.asarray(image, np.float32))
+    exact = remembered(
+        jax.jit(lambda image: everything(reference, image)), np.asarray(image, np.float32)
+    )
     assert_stored(everything(jaxwarp, image), exact, dtype)
 
 
@@ -210,7 +213,7 @@ def test_small_images(shape, method, boundary):
             module.forward_warp(image, flow, reduce="sum", return_coverage=True, **options),
         )
 
-    expected = everything(reference)
+    expected = remembered(lambda: everything(reference))
     cases.assert_close(everything(jaxwarp), expected, EXACT)
 
 
@@ -488,7 +491,9 @@ def test_large_arrays(reach, dtype):
             module.splat(image, cases.grid(shape).astype(np.float32) + flow[1], (200, 100)),
         )
 
-    exact = jax.jit(lambda image: everything(reference, image))(np.asarray(image, np.float32))
+    exact = remembered(
+        jax.jit(lambda image: everything(reference, image)), np.asarray(image, np.float32)
+    )
     assert_stored(everything(jaxwarp, image), exact, dtype)
 
 
