@@ -361,7 +361,8 @@ def _define(
         return jax.jit(apply)
 
     def evaluate(*arrays: Array, **params: Any) -> Any:
-        return compiled(tuple(params.items()))(*arrays)
+        with jax.disable_jit(False):  # else the program below would evaluate the primitive again
+            return compiled(tuple(params.items()))(*arrays)
 
     def abstract(*avals: Any, names: tuple[str, ...], **params: Any) -> list[Any]:
         operands = dict(zip(names, avals, strict=True))

@@ -228,6 +228,18 @@ def test_dtypes(function, first, second, result):
 # ---------------------------------------------------------------------------- derivatives
 
 
+@pytest.mark.parametrize("function", IN_NUMPY, ids=lambda f: f.__name__)
+def test_disable_jit(function):
+    flows = [random_flow(3, 4, seed=seed, scale=0.7) for seed in (0, 1)]
+    flows = flows[: len(inspect.signature(function).parameters) - 1]
+    value_and_grad = jax.value_and_grad(lambda flow: function(flow, *flows[1:]).sum())
+    expected = jax.jit(value_and_grad)(flows[0])
+    with jax.disable_jit():
+        actual = value_and_grad(flows[0])
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dims", SHAPES)
 @pytest.mark.parametrize("function", IN_NUMPY, ids=lambda f: f.__name__)
 def test_gradients(function, dims):

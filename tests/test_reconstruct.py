@@ -342,6 +342,17 @@ def test_transformations(name, damping):
     cases.assert_close(actual, expected, 1e-7 if "of_grad" in name else TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["grad", "jvp", "checkpoint"])
+def test_disable_jit(name):
+    values, points, shape = problem("mixed")
+    dx = [np.random.default_rng(5).standard_normal(a.shape) for a in (values, points)]
+    function = functools.partial(TRANSFORMATIONS[name], solver(jaxwarp, shape, damping=0.1))
+    expected = jax.jit(function)((values, points), tuple(dx))
+    with jax.disable_jit():
+        actual = function((values, points), tuple(dx))
+    cases.assert_close(actual, expected, TOLERANCE)
+
+
 def test_points_that_coincide():
     """Their values differ, so moving them pulls at pixels that they leave open, or at holes. No
     derivative exists; the formula still gives one, and no search runs away."""

@@ -495,6 +495,22 @@ def test_transformation_without_jit(name):
     cases.assert_close(function(arrays), jax.jit(function)(arrays), TOLERANCE)
 
 
+@pytest.mark.parametrize("case", [*EVERY_TRANSFORMATION, SOME_TRANSFORMATIONS[-1]], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    ["value_and_grad", "vjp", "jvp", "vmap", "grad_of_vmap", "vmap_of_jvp", "grad_of_grad",
+     "jvp_of_grad", "checkpoint", "while_loop"],
+)  # fmt: skip
+def test_disable_jit(name, case):
+    transformed, forward, _ = TRANSFORMATIONS[name]
+    arrays = Arrays.of(case)
+    function = partial(transformed, case.function(jaxwarp, forward_mode=forward))
+    expected = jax.jit(function)(arrays)
+    with jax.disable_jit():
+        actual = function(arrays)
+    cases.assert_close(actual, expected, TOLERANCE)
+
+
 @pytest.mark.parametrize("case", EVERY_TRANSFORMATION, ids=str)
 def test_donated_arguments(case):
     arrays, function = Arrays.of(case).x, case.function(jaxwarp)
