@@ -244,7 +244,8 @@ def _run_kernel(
         return _on_shard(target, operands, outputs, shard, sampling, reduction)
 
     labels = _labels(operands | wanted, sampling)
-    results = _sharding.partitioned(kernel, operands, wanted, labels)
+    name = repr((target, sampling, reduction))
+    results = _sharding.partitioned(kernel, operands, wanted, labels, name)
     if "exact" in outputs:
         results["exact"] = results["image"]
     return {name: results[name].astype(out.dtype) for name, out in outputs.items()}

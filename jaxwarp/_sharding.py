@@ -8,9 +8,11 @@ channels may be sharded. Along the axes of an image (REPLICATED) every shard nee
 a position may lie anywhere.
 """
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -124,11 +127,12 @@ Kernel = Callable[[Operands, Operands, Shard], Operands]
 
 
 def partitioned(
-    kernel: Kernel, operands: Operands, outputs: Operands, labels: dict[str, Labels]
+    kernel: Kernel, operands: Operands, outputs: Operands, labels: dict[str, Labels], name: str
 ) -> Operands:
     """kernel(operands, outputs, shard), run on every shard with its part of the operands.
 
-    `outputs` are shapes and dtypes. The kernel returns results of the shapes it is given.
+    `outputs` are shapes and dtypes. The kernel returns results of the shapes it is given. `name`
+    tells it from others on the same operands.
     """
     if _need_devices is None or _partly_manual(operands):
         return kernel(operands, outputs, Shard({}, labels))
@@ -190,7 +194,11 @@ def partitioned(
         sharding_rule=rule,
         need_replication_factors=tuple(label for label in appearing if _replicated(label)),
     )
-    return dict(zip(outputs, sharded(*operands.values()), strict=True))
+    # Of a kernel that is partitioned later, the program's text has an address alone, which may have
+    # been another's: JAX's persistent cache would take one program for another.
+    described = repr((version("jaxwarp"), name, names, outputs, labels))
+    with set_xla_metadata(jaxwarp_kernel=hashlib.sha256(described.encode()).hexdigest()):
+        return dict(zip(outputs, sharded(*operands.values()), strict=True))
 
 
 def result_avals(

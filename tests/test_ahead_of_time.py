@@ -105,6 +105,48 @@ print(names.count("cache_hits"), names.count("cache_misses"))
     assert (hits > 0, misses) == (True, 0)
 
 
+def test_persistent_cache_tells_sharded_kernels_apart(tmp_path):
+    """They differ in nothing but what partitions them, which the programs' text leaves out."""
+    code = """
+import itertools, jax, jax.numpy as jnp, jaxwarp, numpy as np
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+sharding = jax.NamedSharding(jax.make_mesh((2,), ("x",)), jax.P("x"))
+random = np.random.default_rng(0)
+image, flow = random.normal(size=(2, 6, 7, 3)), random.normal(size=(2, 6, 7, 2))
+sharded = [jax.device_put(x, sharding) for x in (image, flow)]
+
+def check(f, **options):
+    def both(*arrays):
+        out, pull = jax.vjp(lambda *a: f(*a, **options), *arrays)
+        return out, pull(jnp.sin(out))
+    results = [jax.tree.leaves(jax.jit(both)(*arrays)) for arrays in ((image, flow), sharded)]
+    for expected, actual in zip(*results):
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+methods, boundaries = ("nearest", "linear", "cubic"), ("constant", "wrap", "reflect")
+for method, boundary in itertools.product(methods, boundaries):
+    check(jaxwarp.backward_warp, method=method, boundary=boundary)
+for fill in (0.0, 1.0):
+    check(jaxwarp.backward_warp, fill_value=fill)
+for reduce, boundary in itertools.product(("sum", "average"), boundaries):
+    check(jaxwarp.forward_warp, reduce=reduce, boundary=boundary)
+names = [name.rsplit("/", 1)[-1] for name in hits]
+print(names.count("cache_hits"), names.count("cache_misses"))
+"""
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        "JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY": "1",  # the address, which is random
+        "JAX_NUM_CPU_DEVICES": "2",
+    }
+    _, misses = map(int, fresh_process(code, **environment).split())
+    assert misses > 0
+    _, misses = map(int, fresh_process(code, **environment).split())
+    assert misses == 0
+
+
 @pytest.mark.parametrize("case", EVERY_KERNEL, ids=str)
 @pytest.mark.parametrize(
     "policy", ["everything_saveable", "nothing_saveable", "dots_saveable"], ids=str
