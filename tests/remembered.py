@@ -1,8 +1,8 @@
 """What an earlier run of the tests has computed: values of the reference, and XLA's programs.
 
-Most of the tests' time would else go into the reference. Both lie in jaxwarp-tests in the user's
-cache folder, or in the folder that JAXWARP_TEST_CACHE names; JAXWARP_TEST_CACHE=off does without.
-What the kernels compute is never remembered.
+Most of the tests' time would else go into the reference. Both lie in a folder jaxwarp-tests, in
+the user's cache folder or in the one that JAXWARP_TEST_CACHE names; JAXWARP_TEST_CACHE=off does
+without. What the kernels compute is not remembered.
 """
 
 import ast
@@ -18,6 +18,7 @@ import tempfile
 import time
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +32,7 @@ def _folder():
     if chosen == "off":
         return None
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen or Path(home, "jaxwarp-tests")).absolute()
+    return Path(chosen or home, "jaxwarp-tests").absolute()
 
 
 FOLDER = _folder()
@@ -61,11 +62,17 @@ def environment():
     return hash_of(sys.version, versions, platform.machine(), _processor(), settings)
 
 
+def _partitioning():
+    """What runs while XLA compiles a sharded program, whose text does not have it."""
+    package = Path(find_spec("jaxwarp").origin).parent
+    return [(package / name).read_text() for name in ("_primitives.py", "_sharding.py")]
+
+
 def remember_programs():
     """Has JAX keep the programs it compiles, here and in child processes; before it is imported."""
     if FOLDER is None:
         return
-    folder = FOLDER / "xla" / environment()
+    folder = FOLDER / "xla" / hash_of(environment(), _partitioning())
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -95,10 +102,10 @@ _count = (None, itertools.count())  # of this test, its calls so far
 def remembered(function, *arrays, name=None):
     """`function(*arrays)` as NumPy arrays; an earlier run's, if all it depends on is the same.
 
-    `function` uses jaxwarp.reference and no other part of jaxwarp: a kernel raises an error. What
-    depends on anything but `arrays`, the parameters of the test, and the sources of the reference
-    and of the test's file with what it imports of the tests, says so by its `name`, which is that
-    of one result in the file.
+    `function` uses jaxwarp.reference and no other part of jaxwarp: tracing a kernel is an error.
+    What depends on anything but `arrays`, the parameters of the test, and the sources of the
+    reference and of the test's file with what it imports of the tests, says so by its `name`, which
+    is that of one result in the file.
     """
     if FOLDER is None:
         return _computed(function, arrays)

@@ -261,7 +261,7 @@ def follow(command: list[str], step: Step, report: Report, end: float) -> int | 
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"JAXWARP_TEST_CACHE": "off"} | step.environment,  # writes to --out alone
+        env=os.environ | {"JAXWARP_TEST_CACHE": "off"} | step.environment,
         stdin=subprocess.DEVNULL,
         stdout=report.log,
         stderr=subprocess.STDOUT,
