@@ -1,11 +1,13 @@
 """The handlers under sanitizers, called by tests/native/driver.cc, without Python or XLA.
 
 The builds take minutes, so this runs where JAXWARP_SANITIZE says what to build: "few" kernels, as
-CI does, or "all" (`make sanitize`). JAXWARP_SANITIZE_SECONDS is the time of each run.
+CI does, or "all" (`make sanitize`). JAXWARP_SANITIZE_SECONDS is the time of each run. Where nvcc
+is, what it compiles for a GPU is interpreted too.
 """
 
 import os
 import re
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -14,9 +16,12 @@ import jax
 import pytest
 
 EXTENT = os.environ.get("JAXWARP_SANITIZE")
-SECONDS = os.environ.get("JAXWARP_SANITIZE_SECONDS", "15")
+SECONDS = os.environ.get("JAXWARP_SANITIZE_SECONDS", "10" if EXTENT == "few" else "15")
 if EXTENT not in ("few", "all"):
     pytest.skip("needs JAXWARP_SANITIZE=few or all", allow_module_level=True)
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc, to compile for a GPU")
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY, RACES = "address,undefined", "thread"
@@ -40,6 +45,7 @@ def build(sanitizers):
         "JAXWARP_METHODS": ";".join(methods),
         "JAXWARP_DIMS": ";".join(map(str, dims)),
         "JAXWARP_FLOAT32_ONLY": "ON" if float32_only else "OFF",
+        "JAXWARP_PTX": "ON" if sanitizers == MEMORY and NVCC else "OFF",
     }
     defined = [f"-D{name}={value}" for name, value in definitions.items()]
     subprocess.run(["cmake", "-S", ROOT / "tests" / "native", "-B", folder, *defined], check=True)
@@ -48,8 +54,8 @@ def build(sanitizers):
     return folder
 
 
-def drive(sanitizers, *, cpu="cpu", cuda=None, fault="", **options):
-    """(exit status, output) of the driver."""
+def drive(sanitizers, *, cpu="cpu", cuda=None, fault="", ptx="", **options):
+    """(exit status, output) of the driver. `ptx`: how tests/native/ptx_runtime.cc runs."""
     methods, dims, float32_only = KERNELS[EXTENT, sanitizers]
     folder = build(sanitizers)
     options |= {
@@ -63,7 +69,7 @@ def drive(sanitizers, *, cpu="cpu", cuda=None, fault="", **options):
     command = [folder / "driver"]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
-    environment = {**os.environ, "JAXWARP_FAULT": fault}
+    environment = {**os.environ, "JAXWARP_FAULT": fault, "JAXWARP_PTX_MODE": ptx}
     done = subprocess.run(
         command,
         env=environment,
@@ -85,6 +91,15 @@ def test_memory():
     status, output = drive(MEMORY, cuda="cuda_host", seconds=SECONDS)
     assert status == 0
     assert min(counts(output)) > 0  # cases, calls, refused, out of memory, compared with CUDA
+
+
+@needs_nvcc
+@pytest.mark.parametrize("ptx", ["", "races backwards"])
+def test_device_code(ptx):
+    """What nvcc compiles for a GPU, interpreted, computes what the CPU's kernels do."""
+    status, output = drive(MEMORY, cuda="cuda_ptx", ptx=ptx, seconds=SECONDS)
+    assert status == 0
+    assert counts(output)[-1] > 0
 
 
 @pytest.mark.parametrize("callers", [1, 3])
@@ -121,3 +136,28 @@ def test_faults_between_cpu_and_cuda():
     status, output = drive(MEMORY, cpu="cpu", cuda="faulty", calls=4000)
     assert status != 0
     assert re.search(r"driver: case \d+: (values differs: CPU and CUDA|CUDA: another)", output)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("fault", "report"),
+    [
+        ("misaligned", "a misaligned address for an access of 2 bytes at `st.global"),
+        ("outside", "an access outside of a heap block at `st.global"),
+        ("mask", "a shuffle from a lane that is not in the mask at `shfl.sync"),
+        ("missing lane", "a shuffle that not all lanes of its mask come to at `shfl.sync"),
+        ("wrong lane", "values differs: CPU and CUDA"),
+        ("zero", "a division by zero at `div"),
+        ("unwritten", "an operand that was never written at `st.global"),
+        ("race", "a race: what a thread writes is accessed by another one at `st.global"),
+    ],
+)
+def test_faults_in_device_code(fault, report):
+    """A kernel with a fault, interpreted; and without one, nothing is found in it."""
+    faulty = {"cpu": "faulty", "cuda": "faulty_ptx", "ptx": "races", "calls": 500}
+    status, output = drive(MEMORY, fault=fault, **faulty)
+    assert status != 0
+    assert report in output
+    status, output = drive(MEMORY, **faulty)
+    assert status == 0, output
+    assert counts(output)[-1] > 0
