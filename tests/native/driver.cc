@@ -250,6 +250,7 @@ struct Case {
   bool differentiated = false;  // the weights are
   int dims = 2;
   Extents spatial, grid;  // in the order of an array's axes
+  Extents derivative;     // of the weights, along each axis
   std::vector<Buffer> buffers;
   std::vector<Attribute> attributes;
   std::string method, reduce;
@@ -444,11 +445,12 @@ void draw_attributes(Source& s, Case& c, bool channels_first) {
   flag("channels_first", channels_first);
   number("cubic_a", c.tame ? s.of({-0.5, -0.75}) : wild);
   c.attributes.push_back({"derivative", XLA_FFI_AttrType_ARRAY, XLA_FFI_DataType_S64});
-  Extents& order = c.attributes.back().list;
+  Extents& order = c.derivative;
   order.resize(c.dims, 0);
   if (s.once_in(3)) order[s.below(c.dims)] = s.of({1, 1, 2, 3, 4, 1000});
   if (s.once_in(12)) order[s.below(c.dims)] = 1;
   for (const int64_t k : order) c.differentiated = c.differentiated || k > 0;
+  c.attributes.back().list = order;
   flag("deterministic", c.deterministic);
   flag("displacement", c.displacement);
   number("fill_value", c.tame ? s.of({0.0, 1.5}) : wild);
@@ -744,6 +746,25 @@ double tolerance(const Buffer& b) {
   }
 }
 
+// The largest weight of a corner. A cubic one reaches 1 along an axis, and differentiated once,
+// twice (2 (a + 3)) and three times (6 (a + 2)) what stands here; a tangent and a cotangent of the
+// points differentiate once more each.
+double largest_weight(const Case& c) {
+  if (c.method != "cubic") return 1;
+  constexpr double kLargest[] = {1, 1.4, 5, 9, 0};
+  double largest = 1;
+  for (int i = 0; i < c.dims; ++i) {
+    for (int j = 0; j < c.dims; ++j) {
+      double product = 1;
+      for (int k = 0; k < c.dims; ++k) {
+        product *= kLargest[std::min<int64_t>(c.derivative[k] + (k == i) + (k == j), 4)];
+      }
+      largest = std::max(largest, product);
+    }
+  }
+  return largest;
+}
+
 // `scale`: how large the numbers are at least that are added up, and may cancel.
 bool close(const Buffer& b, const Block& x, const Block& y, double scale) {
   const size_t width = b.width();
@@ -866,8 +887,7 @@ class Trial {
     compare(c, first, second, "CUDA: other memory", same);
     // Slopes have both signs: divided by what is left of their sum, rounding has no bound.
     if (!c.tame || (c.differentiated && c.reduce != "sum")) return;
-    // A cubic weight reaches 5 (a + 3, twice differentiated) and 9 (three times).
-    const double scale = c.method == "cubic" ? 9 : 1;
+    const double scale = largest_weight(c);
     compare(
         c, cpu, first, "CPU and CUDA",
         [scale](const Buffer& b, const Block& x, const Block& y) { return close(b, x, y, scale); });
