@@ -198,7 +198,8 @@ fuzz: $(VENV)/.test ## Fuzz the kernels for half an hour, guided by coverage; ne
 	mkdir -p build/native/fuzz/corpus
 	cd build/native/fuzz && JAXWARP_FUZZ="cpu=./libcpu.so cuda=./libcuda_host.so" \
 	  ./driver corpus -max_len=512 $(FUZZ_ARGS)
-	JAXWARP_TEST_CACHE=off JAXWARP_EXAMPLES=$(FUZZ_EXAMPLES) PYTHONSAFEPATH=1 $(BIN)/pytest -n 2 tests/test_properties.py
+	JAXWARP_TEST_CACHE=off JAXWARP_EXAMPLES=$(FUZZ_EXAMPLES) PYTHONSAFEPATH=1 \
+	  $(BIN)/pytest -n 2 tests/test_properties.py
 
 lint: $(VENV)/.test ## Check style and types
 	$(BIN)/ruff check .

@@ -36,6 +36,23 @@ def fresh_process(code, **environment):
     return run.stdout
 
 
+def cache_hits_and_misses(code, folder, **environment):
+    """Of JAX's persistent cache in `folder`, in a fresh process that runs `code`."""
+    counted = f"""
+import jax
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rsplit("/", 1)[-1]))
+{code}
+print(events.count("cache_hits"), events.count("cache_misses"))
+"""
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    return tuple(map(int, fresh_process(counted, **environment).split()))
+
+
 @pytest.mark.parametrize("case", EVERY_KERNEL, ids=str)
 def test_export_to_a_fresh_process(case, tmp_path):
     arrays, program = case.inputs(), value_and_cotangents(case)
@@ -85,32 +102,21 @@ def test_symbolic_sizes():
 def test_persistent_cache(tmp_path):
     """A second process finds the compiled programs of the first."""
     code = """
-import jax, numpy as np, jaxwarp
-hits = []
-jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+import numpy as np, jaxwarp
 image, flow = np.ones((4, 5, 3)), np.ones((4, 5, 2))
 f = jax.jit(jax.grad(lambda i, f: jaxwarp.forward_warp(i, f).sum(), (0, 1)))
 f(image, flow)
-names = [name.rsplit("/", 1)[-1] for name in hits]
-print(names.count("cache_hits"), names.count("cache_misses"))
 """
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-    hits, misses = map(int, fresh_process(code, **environment).split())
+    hits, misses = cache_hits_and_misses(code, tmp_path)
     assert (hits, misses > 0) == (0, True)
-    hits, misses = map(int, fresh_process(code, **environment).split())
+    hits, misses = cache_hits_and_misses(code, tmp_path)
     assert (hits > 0, misses) == (True, 0)
 
 
 def test_persistent_cache_tells_sharded_kernels_apart(tmp_path):
     """They differ in nothing but what partitions them, which the programs' text leaves out."""
     code = """
-import itertools, jax, jax.numpy as jnp, jaxwarp, numpy as np
-hits = []
-jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+import itertools, jax.numpy as jnp, jaxwarp, numpy as np
 sharding = jax.NamedSharding(jax.make_mesh((2,), ("x",)), jax.P("x"))
 random = np.random.default_rng(0)
 image, flow = random.normal(size=(2, 6, 7, 3)), random.normal(size=(2, 6, 7, 2))
@@ -131,19 +137,14 @@ for fill in (0.0, 1.0):
     check(jaxwarp.backward_warp, fill_value=fill)
 for reduce, boundary in itertools.product(("sum", "average"), boundaries):
     check(jaxwarp.forward_warp, reduce=reduce, boundary=boundary)
-names = [name.rsplit("/", 1)[-1] for name in hits]
-print(names.count("cache_hits"), names.count("cache_misses"))
 """
     environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         "JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY": "1",  # the address, which is random
         "JAX_NUM_CPU_DEVICES": "2",
     }
-    _, misses = map(int, fresh_process(code, **environment).split())
+    _, misses = cache_hits_and_misses(code, tmp_path, **environment)
     assert misses > 0
-    _, misses = map(int, fresh_process(code, **environment).split())
+    _, misses = cache_hits_and_misses(code, tmp_path, **environment)
     assert misses == 0
 
 

@@ -15,7 +15,6 @@
 #include <map>
 #include <mutex>
 #include <new>
-#include <set>
 #include <thread>
 
 #include "geometry.h"
@@ -929,27 +928,31 @@ void set_option(const std::string& name, const std::string& value) {
       {"bfloat16", XLA_FFI_DataType_BF16},
       {"float32", XLA_FFI_DataType_F32},
       {"float64", XLA_FFI_DataType_F64}};
-  static const std::set<std::string> kNames = {"cpu",  "cuda",  "methods", "dims",    "dtypes",
-                                               "seed", "first", "calls",   "seconds", "threads"};
-  if (kNames.count(name) == 0) {
-    std::fprintf(stderr, "driver: no option --%s\n", name.c_str());
-    std::exit(2);
-  }
-  if (name == "cpu") options.cpu = value;
-  if (name == "cuda") options.cuda = value;
-  if (name == "methods") options.methods = words(value);
-  if (name == "seed") options.seed = std::stoull(value);
-  if (name == "first") options.first = std::stoull(value);
-  if (name == "calls") options.calls = std::stoull(value);
-  if (name == "seconds") options.seconds = std::stod(value);
-  if (name == "threads") options.threads = std::stoi(value);
-  if (name == "dims") {
+  if (name == "cpu") {
+    options.cpu = value;
+  } else if (name == "cuda") {
+    options.cuda = value;
+  } else if (name == "methods") {
+    options.methods = words(value);
+  } else if (name == "seed") {
+    options.seed = std::stoull(value);
+  } else if (name == "first") {
+    options.first = std::stoull(value);
+  } else if (name == "calls") {
+    options.calls = std::stoull(value);
+  } else if (name == "seconds") {
+    options.seconds = std::stod(value);
+  } else if (name == "threads") {
+    options.threads = std::stoi(value);
+  } else if (name == "dims") {
     options.dims.clear();
     for (const std::string& word : words(value)) options.dims.push_back(std::stoi(word));
-  }
-  if (name == "dtypes") {
+  } else if (name == "dtypes") {
     options.dtypes.clear();
     for (const std::string& word : words(value)) options.dtypes.push_back(kDtypes.at(word));
+  } else {
+    std::fprintf(stderr, "driver: no option --%s\n", name.c_str());
+    std::exit(2);
   }
 }
 

@@ -236,7 +236,6 @@ class Table {
   using Integers = Types<int16_t, int32_t, int64_t, uint16_t, uint32_t, uint64_t>;
   using Reals = Types<float, double>;
   using Numbers = Types<int16_t, int32_t, int64_t, uint16_t, uint32_t, uint64_t, float, double>;
-  using Bits = Types<uint16_t, uint32_t, uint64_t, bool>;
   using Stored = Types<int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t,
                        float, double>;
   using Converted = Types<int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t,
