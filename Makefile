@@ -24,10 +24,12 @@ DEVELOP = JAXWARP_CUDA=AUTO JAXWARP_TESTS=ON CMAKE_CUDA_ARCHITECTURES=$(or $(CUD
 # Under CI a warning is an error, and the CUDA kernels, which do not run there, are compiled to PTX
 # without optimisation: in a sixth of the time, most of which is ptxas's.
 ifdef CI
-$(VENV)/.test: export CXXFLAGS += -Werror
-$(VENV)/.test: export CUDAFLAGS += -Werror=cross-execution-space-call
+$(VENV)/.test test-versions: export CXXFLAGS += -Werror
+$(VENV)/.test test-versions: export CUDAFLAGS += -Werror=cross-execution-space-call
 $(VENV)/.test: CUDA_ARCH := $(or $(CUDA_ARCH),90-virtual)
 DEVELOP += CMAKE_CUDA_FLAGS_RELEASE=-Xcicc=-O0
+# Most modules are never imported there.
+export PIP_NO_COMPILE := 1
 endif
 
 # A compiler cache, where there is one; paths are such that another clone finds what this one wrote.
@@ -53,26 +55,27 @@ FFI_INCLUDE = $(call ffi_include,$(BIN)/python)
 
 # What depends on the version of Python and jax: 3.11 has the newest jax that there is for it, the
 # first of these the oldest that is supported, the others the newest. One wheel serves them all
-# (stable ABI). CI builds it in a quarter of the time: its speed is not tested. Operations whose
-# rules are those of others, or are tried by the sharding, are left out of the transformations.
+# (stable ABI). Operations whose rules are those of others, or are tried by the sharding, are left out
+# of the transformations.
 LATER_PYTHONS ?= 3.12 3.13
 OLDEST_JAX := 0.10.0
 VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo sharding transforms) \
   -k "not (test_transforms and (3d or backward_warp or forward_warp-2d-sum or importance))"
 
 # In a recipe: a wheel in $$built/wheel by the Python $(1), with CMake variables $(2). The
-# environment that builds it holds what an isolated build has. It stays, with what was compiled in
-# it, so that all targets together compile a source once for each Python, its compiler and flags.
+# environment that builds it holds what an isolated build has. What was compiled stays, in a folder
+# for each compiler and its flags, so that all targets and Pythons together compile a kernel once;
+# without CMake's cache no other option of an earlier build stays.
 build_wheel = \
   built=build/$$($(1) -c "import sys; print('python%d.%d' % sys.version_info[:2])"); \
   $$built/env/bin/pip --version >/dev/null 2>&1 || $(1) -m venv --clear $$built/env; \
   $$built/env/bin/python -c "$(build_requires)" \
     | $$built/env/bin/pip install --quiet -r /dev/stdin cmake ninja; \
-  flags=$$(echo "$$CXX $$CXXFLAGS $$CUDACXX $$CUDAFLAGS $$CMAKE_CXX_COMPILER_LAUNCHER" \
-    "$(filter CMAKE_CXX_FLAGS% CMAKE_CUDA_FLAGS%,$(2))" | cksum | cut -d " " -f 1); \
-  rm -rf $$built/wheel; \
+  flags=$$(echo "$(CI) $$CXX $$CXXFLAGS $$CUDACXX $$CUDAFLAGS $$CMAKE_CXX_COMPILER_LAUNCHER" \
+    | cksum | cut -d " " -f 1); \
+  rm -rf $$built/wheel build/cmake-$$flags/CMakeCache.txt; \
   PATH="$(CURDIR)/$$built/env/bin:$$PATH" $$built/env/bin/pip wheel --no-deps --no-build-isolation \
-    --config-settings=build-dir=$$built/cmake-$$flags --wheel-dir $$built/wheel $(call define,$(2)) .
+    --config-settings=build-dir=build/cmake-$$flags --wheel-dir $$built/wheel $(call define,$(2)) .
 build_requires = import tomllib; \
   print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')
 
@@ -174,8 +177,7 @@ test-versions: ## Run what depends on versions: the oldest and the newest jax, L
 	@set -e; built=; for version in $(LATER_PYTHONS); do \
 	  $(FIND_PYTHON); \
 	  if [ $$python = none ]; then echo "no Python $$version found: not tested"; continue; fi; \
-	  test -n "$$built" || { $(call build_wheel,$$python,JAXWARP_CUDA=OFF JAXWARP_TESTS=OFF \
-	    $(if $(CI),CMAKE_CXX_FLAGS_RELEASE=-O0)); }; \
+	  test -n "$$built" || { $(call build_wheel,$$python,JAXWARP_CUDA=OFF JAXWARP_TESTS=OFF); }; \
 	  test -d $(VENV)-$$version || $$python -m venv $(VENV)-$$version; \
 	  if [ $$version = $(firstword $(LATER_PYTHONS)) ]; then jax=jax==$(OLDEST_JAX); else jax=jax; fi; \
 	  $(call install_wheel,$(VENV)-$$version/bin/pip,test-versions) --upgrade $$jax; \
