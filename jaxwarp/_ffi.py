@@ -3,8 +3,12 @@
 The only file that imports the compiled modules _cpu and _cuda.
 """
 
+import functools
 import importlib.metadata
+import os
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -12,19 +16,24 @@ import jax
 import numpy as np
 from jax.export import DisabledSafetyCheck
 
-try:
-    import jaxwarp._cpu as _cpu
-except ModuleNotFoundError as error:
-    raise ImportError(
-        f"jaxwarp: expected the compiled module _cpu, found only Python sources in "
-        f"{Path(__file__).parent}; install jaxwarp and import it from outside its source folder, "
-        "or run `make dev` in it"
-    ) from error
 
-try:
-    import jaxwarp._cuda as _cuda
-except ModuleNotFoundError:  # built without CUDA
-    _cuda = None
+def _compiled() -> dict[str, ModuleType]:
+    """The modules with kernels, by jax's name of their platform; none with JAXWARP_KERNELS=0."""
+    if os.environ.get("JAXWARP_KERNELS", "1").lower() in ("0", "false"):
+        return {}
+    try:
+        import jaxwarp._cpu as _cpu
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"jaxwarp: expected the compiled module _cpu, found only Python sources in "
+            f"{Path(__file__).parent}; install jaxwarp and import it from outside its source "
+            "folder, or run `make dev` in it; JAXWARP_KERNELS=0 does without kernels"
+        ) from error
+    try:
+        import jaxwarp._cuda as _cuda
+    except ModuleNotFoundError:  # built without CUDA
+        return {"cpu": _cpu}
+    return {"cpu": _cpu, "cuda": _cuda}
 
 
 def _runtime_api_version() -> tuple[int, ...]:
@@ -50,10 +59,37 @@ def _register(modules: dict[str, ModuleType]) -> None:
             )
     for platform, module in modules.items():
         for name, handler in module.registrations().items():
-            jax.ffi.register_ffi_target(name, handler, platform=platform)
+            jax.ffi.register_ffi_target(name, handler, platform=FFI_PLATFORMS[platform])
 
 
-_register({"cpu": _cpu} if _cuda is None else {"cpu": _cpu, "CUDA": _cuda})
+FFI_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}  # XLA's names
+MODULES = _compiled()
+_register(MODULES)
+
+
+def check_without_kernels(platforms: Sequence[str], deterministic: bool) -> None:
+    """Of a program that is lowered to plain jnp for these platforms; `deterministic`: its scatters
+    must give the same bits in every run."""
+    if "cuda" in platforms:
+        _warn_of_missing_kernels()
+    atomic = [p for p in platforms if p not in ("cpu", "tpu")]
+    if deterministic and atomic:
+        raise ValueError(
+            f"deterministic: expected False on platform {atomic[0]!r}, where jaxwarp has no "
+            "kernels and XLA adds in any order, got True; pass deterministic=False or unset "
+            "JAXWARP_DETERMINISTIC, or run this part on the CPU"
+        )
+
+
+@functools.cache
+def _warn_of_missing_kernels() -> None:
+    if MODULES:  # else it is what was asked for
+        warnings.warn(
+            "jaxwarp: this installation has no CUDA kernels, so plain jnp runs on the GPU, more "
+            "slowly; install a wheel with them, or build one where nvcc is found "
+            "(`python -c 'import jaxwarp._cuda'` then passes)",
+            stacklevel=2,
+        )
 
 
 def export_checks() -> list[DisabledSafetyCheck]:
@@ -72,7 +108,8 @@ def export_checks() -> list[DisabledSafetyCheck]:
       >>> exported.out_avals
       (ShapedArray(float32[4,5,3]),)
     """
-    return [DisabledSafetyCheck.custom_call(name) for name in _cpu.registrations()]
+    names = {name for module in MODULES.values() for name in module.registrations()}
+    return [DisabledSafetyCheck.custom_call(name) for name in sorted(names)]
 
 
 # Results in which several points may meet; Decoder::place_sums has the same rule.

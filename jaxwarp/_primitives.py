@@ -1,6 +1,6 @@
 """One family of primitives, closed under differentiation.
 
-The only file that knows jax.interpreters.
+The only file that knows jax.interpreters, but for one primitive of `_plain`.
 
     gather_p   image, points[, importance, peak] -> values             (1)
     splat_p    values, points[, importance[, peak]] -> image[, coverage ...]   (5)
@@ -20,6 +20,7 @@ peak), of which the peak is a constant and the derivative in the importance is t
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
-from jaxwarp import _ffi, _sharding
+from jaxwarp import _ffi, _plain, _sharding
 from jaxwarp._sharding import BATCH, CHANNEL, COORDINATE, GRID, SPATIAL, Labels, Shard
 
 # Dicts of operands and results are in the order of their names, as jax orders a dict.
@@ -212,6 +213,7 @@ def _fit_batch(x: Array, batch: Shape) -> Array:
 
 
 def _run_kernel(
+    kernels: ModuleType,
     target: str,
     operands: Operands,
     outputs: Operands,
@@ -220,7 +222,7 @@ def _run_kernel(
     reduction: Reduction = PLAIN,
     **_: Any,
 ) -> Operands:
-    """The kernel of a primitive, on every shard.
+    """The kernel of a primitive, on every shard, by `kernels`: `_ffi` or `_plain`.
 
     A kernel takes values of any dtype; positions, weights and sums have the dtype in which it
     accumulates. So where only one of values and points is float64, the other is made so; and sums
@@ -241,10 +243,10 @@ def _run_kernel(
     }
 
     def kernel(operands: Operands, outputs: Operands, shard: Shard) -> Operands:
-        return _on_shard(target, operands, outputs, shard, sampling, reduction)
+        return _on_shard(kernels, target, operands, outputs, shard, sampling, reduction)
 
     labels = _labels(operands | wanted, sampling)
-    name = repr((target, sampling, reduction))
+    name = repr((kernels.__name__, target, sampling, reduction))
     results = _sharding.partitioned(kernel, operands, wanted, labels, name)
     if "exact" in outputs:
         results["exact"] = results["image"]
@@ -279,6 +281,7 @@ def _check_batch_axes(arrays: Operands, sampling: Sampling) -> None:
 
 
 def _on_shard(
+    kernels: ModuleType,
     target: str,
     operands: Operands,
     outputs: Operands,
@@ -297,9 +300,9 @@ def _on_shard(
         first = jax.lax.axis_index(shard.over(CHANNEL)) == 0
         operands = operands | {"ct_coverage": jnp.where(first, operands["ct_coverage"], 0)}
     if target == "jaxwarp_splat" and reduction.divides and shard.over(GRID):
-        return _splat_in_parts(operands, outputs, shard, sampling, reduction)
+        return _splat_in_parts(kernels, operands, outputs, shard, sampling, reduction)
     dtypes = _kernel_dtypes(operands, outputs, sampling)
-    results = _ffi.call(
+    results = kernels.call(
         target,
         operands,
         {name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in outputs.items()},
@@ -311,21 +314,27 @@ def _on_shard(
 
 
 def _splat_in_parts(
-    operands: Operands, outputs: Operands, shard: Shard, sampling: Sampling, reduction: Reduction
+    kernels: ModuleType,
+    operands: Operands,
+    outputs: Operands,
+    shard: Shard,
+    sampling: Sampling,
+    reduction: Reduction,
 ) -> Operands:
     """(5) where several shards reach one target: sums over the shards first, then the division."""
     results = {}
+    splat = partial(_on_shard, kernels, "jaxwarp_splat")
     if reduction.reduce == "softmax":
         no_values = operands | {"values": operands["values"][..., :0]}
         planes = outputs | {"image": jax.ShapeDtypeStruct((*outputs["peak"].shape, 0), np.float32)}
         alone = Shard({}, shard.labels)
-        peak = _on_shard("jaxwarp_splat", no_values, planes, alone, sampling, reduction)["peak"]
+        peak = splat(no_values, planes, alone, sampling, reduction)["peak"]
         results["peak"] = jax.lax.pmax(peak, shard.over(GRID))
         operands = operands | {"peak": results["peak"]}
 
     summed = {n: x for n, x in outputs.items() if n != "peak"}
     alone = Shard({}, shard.labels)
-    sums = _on_shard("jaxwarp_splat", operands, summed, alone, sampling, PLAIN)
+    sums = splat(operands, summed, alone, sampling, PLAIN)
     # One array, so that there is one reduction.
     planes = {n: x[..., None] for n, x in sums.items() if n != "image"}
     together = jnp.concatenate([sums["image"], *planes.values()], axis=-1)
@@ -345,9 +354,10 @@ def _splat_in_parts(
 
 
 def _define(
-    name: str, outputs: Callable[..., Operands], compute: Callable[..., Operands]
+    name: str, outputs: Callable[..., Operands], plain: Callable[..., Operands] | None = None
 ) -> Primitive:
-    """A primitive over named operands: what it returns, and how that is computed when compiled."""
+    """A primitive over named operands: what it returns, and how that is computed when compiled: by
+    the kernel of that name, and where there is none by `plain`."""
     primitive = Primitive(name)
     primitive.multiple_results = True
 
@@ -372,14 +382,23 @@ def _define(
         _check_batch_axes(operands | results, params["sampling"])
         return _sharding.result_avals(operands, results, labels)
 
-    def lower(*arrays: Array, names: tuple[str, ...], **params: Any) -> list[Array]:
-        operands = dict(zip(names, arrays, strict=True))
-        results = outputs(operands, **params)
-        computed = compute(operands, results, **params)
-        return [computed[name] for name in results]
+    def lowering(compute: Callable[..., Operands], **replaced: Any) -> Callable[..., Any]:
+        def lower(
+            *arrays: Array, names: tuple[str, ...], sampling: Sampling, **params: Any
+        ) -> list[Array]:
+            operands = dict(zip(names, arrays, strict=True))
+            params["sampling"] = sampling._replace(**replaced)
+            results = outputs(operands, **params)
+            computed = compute(operands, results, **params)
+            return [computed[name] for name in results]
 
-    def lower_on_cpu(*arrays: Array, sampling: Sampling, **params: Any) -> list[Array]:
-        return lower(*arrays, sampling=sampling._replace(deterministic=False), **params)
+        return mlir.lower_fun(lower, multiple_results=True)
+
+    def lower_plainly(ctx: Any, *arrays: Any, **params: Any) -> Any:
+        platforms = ctx.platforms or ctx.module_context.platforms
+        scatters = name == "jaxwarp_splat"
+        _ffi.check_without_kernels(platforms, scatters and params["sampling"].deterministic)
+        return plainly(ctx, *arrays, **params)
 
     def batch(arrays: Any, axes: Any, **params: Any) -> Any:
         size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None)
@@ -397,8 +416,12 @@ def _define(
     _sharding.register(primitive)
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(lower_on_cpu, multiple_results=True))
-    mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=True), platform="cuda")
+    plainly = lowering(plain or partial(_run_kernel, _plain, name))
+    mlir.register_lowering(primitive, lower_plainly)
+    for platform in _ffi.MODULES:
+        always = {"deterministic": False} if platform == "cpu" else {}  # without being asked
+        kernel = lowering(partial(_run_kernel, _ffi, name), **always)
+        mlir.register_lowering(primitive, kernel, platform=platform)
     batching.primitive_batchers[primitive] = batch
     return primitive
 
@@ -504,6 +527,30 @@ def _gather_vjp(
             ct = _fit_batch(_sampled_dot(image, points, ct_values, sampling, softmax), batch)
         results["ct_" + name] = ct
     return {name: results[name].astype(out.dtype) for name, out in outputs.items()}
+
+
+def _gather_vjp_tangent(
+    operands: Operands, outputs: Operands, *, sampling: Sampling, wants: Wants
+) -> Operands:
+    """(2) of the points, with one factor moved at a time."""
+    at = {n: operands[n] for n in ("image", "points", "ct_values")}
+
+    def pull(moved: Operands, sampling: Sampling = sampling) -> Array:
+        return _bind(gather_vjp_p, _vjp_outputs, at | moved, sampling=sampling, wants=wants)[
+            "ct_points"
+        ]
+
+    parts = []
+    if "d_image" in operands:
+        parts.append(pull({"image": operands["d_image"]}, sampling.linear()))
+    if "d_ct_values" in operands:
+        parts.append(pull({"ct_values": operands["d_ct_values"]}))
+    if "d_points" in operands:
+        parts += [
+            pull({}, sampling.raised(a)) * operands["d_points"][..., a : a + 1]
+            for a in range(at["points"].shape[-1])
+        ]
+    return {"d_ct_points": sum(parts[1:], parts[0])}
 
 
 def _sampled_dot(
@@ -682,25 +729,15 @@ def _splat_vjp(
 
 # ---------------------------------------------------------------------------- the family
 
-gather_p = _define("jaxwarp_gather", _gather_outputs, partial(_run_kernel, "jaxwarp_gather"))
-gather_vjp_p = _define(
-    "jaxwarp_gather_vjp", _vjp_outputs, partial(_run_kernel, "jaxwarp_gather_vjp")
-)
+gather_p = _define("jaxwarp_gather", _gather_outputs)
+gather_vjp_p = _define("jaxwarp_gather_vjp", _vjp_outputs, _gather_vjp)
 gather_vjp_tangent_p = _define(
-    "jaxwarp_gather_vjp_tangent",
-    _gather_vjp_tangent_outputs,
-    partial(_run_kernel, "jaxwarp_gather_vjp_tangent"),
+    "jaxwarp_gather_vjp_tangent", _gather_vjp_tangent_outputs, _gather_vjp_tangent
 )
-gather_tangent_p = _define(
-    "jaxwarp_gather_tangent",
-    _gather_tangent_outputs,
-    partial(_run_kernel, "jaxwarp_gather_tangent"),
-)
-splat_p = _define("jaxwarp_splat", _splat_outputs, partial(_run_kernel, "jaxwarp_splat"))
-splat_vjp_p = _define("jaxwarp_splat_vjp", _vjp_outputs, partial(_run_kernel, "jaxwarp_splat_vjp"))
-splat_tangent_p = _define(
-    "jaxwarp_splat_tangent", _splat_tangent_outputs, partial(_run_kernel, "jaxwarp_splat_tangent")
-)
+gather_tangent_p = _define("jaxwarp_gather_tangent", _gather_tangent_outputs, _gather_tangent)
+splat_p = _define("jaxwarp_splat", _splat_outputs)
+splat_vjp_p = _define("jaxwarp_splat_vjp", _vjp_outputs, _splat_vjp)
+splat_tangent_p = _define("jaxwarp_splat_tangent", _splat_tangent_outputs, _splat_tangent)
 
 # ---------------------------------------------------------------------------- differentiation
 
@@ -950,30 +987,6 @@ def _gather_vjp_jvp(
         d_results["ct_points"] = found["d_ct_points"]
     zeros = {n: ad.Zero(jax.typeof(x).to_tangent_aval()) for n, x in results.items()}
     return list(results.values()), list((zeros | d_results).values())
-
-
-def _gather_vjp_tangent(
-    operands: Operands, outputs: Operands, *, sampling: Sampling, wants: Wants
-) -> Operands:
-    """(2) of the points, with one factor moved at a time."""
-    at = {n: operands[n] for n in ("image", "points", "ct_values")}
-
-    def pull(moved: Operands, sampling: Sampling = sampling) -> Array:
-        return _bind(gather_vjp_p, _vjp_outputs, at | moved, sampling=sampling, wants=wants)[
-            "ct_points"
-        ]
-
-    parts = []
-    if "d_image" in operands:
-        parts.append(pull({"image": operands["d_image"]}, sampling.linear()))
-    if "d_ct_values" in operands:
-        parts.append(pull({"ct_values": operands["d_ct_values"]}))
-    if "d_points" in operands:
-        parts += [
-            pull({}, sampling.raised(a)) * operands["d_points"][..., a : a + 1]
-            for a in range(at["points"].shape[-1])
-        ]
-    return {"d_ct_points": sum(parts[1:], parts[0])}
 
 
 def _gather_vjp_tangent_transpose(

@@ -39,6 +39,10 @@ from jaxwarp._ops import _broadcast, _number, _values, backward_warp, forward_wa
 __all__ = ["compose", "consistency", "invert", "to_rgb"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def invert(
     flow: Float[ArrayLike, "... H W dims"], *, forward_mode: bool = False
 ) -> Float[Array, "... H W dims"]:

@@ -18,6 +18,11 @@ from jaxwarp import _ops
 
 __all__ = ["backward_warp"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 REACH = 2  # rows beyond a position that a method touches at most (cubic)
 
 

@@ -12,7 +12,6 @@ of an image, ``S`` any shape of points, ``dims`` is 2 or 3.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -36,6 +35,11 @@ __all__ = [
     "to_pixels",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 _Taps = dict[int, tuple[float, ...]]  # tap -> coefficients of its weight
 
 
@@ -58,7 +62,11 @@ METHODS: dict[str, tuple[Callable[[Array], Array], _Taps]] = {
     "cubic": (jnp.floor, _keys(-0.5)),
     "bicubic": (jnp.floor, _keys(-0.75)),
 }
-PERIODS = {"mirror": lambda n: max(2 * n - 2, 1), "reflect": lambda n: 2 * n, "wrap": lambda n: n}
+PERIODS: dict[str, Callable[[int], ArrayLike]] = {
+    "mirror": lambda n: jnp.maximum(2 * n - 2, 1),  # n may be a symbolic size, of which max is none
+    "reflect": lambda n: 2 * n,
+    "wrap": lambda n: n,
+}
 
 
 def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape dims"]:
@@ -451,14 +459,21 @@ def _scatter(
     j, g = _corners(points, shape, method, boundary, derivative)
     g = g.astype(values.dtype)
     if logits is not None:
-        _, itself = _corners(points, shape, method, boundary, (0,) * len(shape))
-        counts = (itself.astype(values.dtype) > 0) & ~jnp.isnan(logits)
-        peak = jnp.full(padded, -jnp.inf, values.dtype)  # m_j
-        peak = peak.at[j].max(jnp.where(counts, logits, -jnp.inf))
+        peak = _peak(points, logits.astype(values.dtype), shape, method, boundary)
         g = _weighted(g, _exponential(logits, peak[j]))
     out = jnp.zeros((*padded, values.shape[-1]), values.dtype)
     out = out.at[j].add(product(g[..., None], values[..., None, :]))
     return out[tuple(slice(margin, margin + n) for n in shape)]
+
+
+def _peak(
+    points: Array, logits: Array, shape: tuple[int, ...], method: str, boundary: str
+) -> Array:
+    """m_j of "softmax", in the padded image; -inf where no source has a weight."""
+    j, g = _corners(points, shape, method, boundary, (0,) * len(shape))
+    counts = (g.astype(logits.dtype) > 0) & ~jnp.isnan(logits)
+    peak = jnp.full([n + 2 * _margin(boundary) for n in shape], -jnp.inf, logits.dtype)
+    return peak.at[j].max(jnp.where(counts, logits, -jnp.inf))
 
 
 def _finite(points: Array) -> Array:
@@ -483,9 +498,16 @@ def _corners(
         _taps(points[..., d - 1 - axis], shape[axis], method, boundary, derivative[d - 1 - axis])
         for axis in range(d)
     ]
-    corners = np.array(list(itertools.product(range(len(METHODS[method][1])), repeat=d)))
-    index = tuple(taps[axis][0][..., corners[:, axis]] for axis in range(d))
-    weights = jnp.stack([taps[axis][1][..., corners[:, axis]] for axis in range(d)])
+    box = (len(METHODS[method][1]),) * d
+
+    def along(axis: int, of_taps: Array) -> Array:
+        """The same for all corners that have the same tap along this axis: (*S, K)."""
+        others = [a for a in range(-d, 0) if a + d != axis]
+        in_box = jnp.broadcast_to(jnp.expand_dims(of_taps, others), (*points.shape[:-1], *box))
+        return in_box.reshape(*points.shape[:-1], math.prod(box))
+
+    index = tuple(along(axis, indices) for axis, (indices, _) in enumerate(taps))
+    weights = jnp.stack([along(axis, weights) for axis, (_, weights) in enumerate(taps)])
     return index, jnp.prod(weights, axis=0)
 
 
@@ -498,10 +520,18 @@ def _taps(x: Array, n: int, method: str, boundary: str, order: int) -> tuple[Arr
     # periods, or to where every tap is still outside.
     periodic = boundary in PERIODS
     base = jnp.mod(base, PERIODS[boundary](n)) if periodic else jnp.clip(base, -3, n + 2)
-    index = base.astype(int)[..., None] + np.array(list(polynomials))
-    derived = (jnp.asarray(np.polyder(p, order), x.dtype) for p in polynomials.values())
-    weight = jnp.stack([jnp.polyval(p, t) for p in derived], axis=-1)
+    base = base.astype(int)
+    index = jnp.stack([base + tap for tap in polynomials], axis=-1)
+    derived = (np.polyder(p, order).tolist() for p in polynomials.values())
+    weight = jnp.stack([_polynomial(p, t) for p in derived], axis=-1)
     return _index(index, n, boundary), weight
+
+
+def _polynomial(coefficients: Sequence[float], t: Array) -> Array:
+    value = jnp.zeros_like(t)
+    for coefficient in coefficients:
+        value = value * t + coefficient
+    return value
 
 
 def _index(i: Array, n: int, boundary: str) -> Array:

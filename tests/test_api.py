@@ -111,6 +111,8 @@ def test_public_names():
     for name in dir(jaxwarp):
         assert name in jaxwarp.__all__ or name.startswith("__"), name
         assert hasattr(jaxwarp, name)
+    for module in (flow, halo, reference):
+        assert dir(module) == sorted(module.__all__)
     for name in FUNCTIONS:
         assert getattr(jaxwarp, name).__module__.startswith("jaxwarp")
 

@@ -1,0 +1,232 @@
+"""Gather and splat in plain jnp, where there are no kernels: called like `_ffi.call`, same results.
+
+The formulas are those of `jaxwarp.reference`; this file adds batch axes, layouts, given peaks.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import AbstractMesh
+
+from jaxwarp import reference
+
+Shape = tuple[int, ...]
+Operands = dict[str, Any]
+OF_POINTS = {"values", "points", "importance"}  # the others belong to the image
+CUBICS = {-0.5: "cubic", -0.75: "bicubic"}  # the reference's names of Keys' kernels
+
+
+# As a kernel does behind a custom call, jnp stands behind a primitive: on a mesh with Explicit axes
+# the types of arrays say how they are sharded, which is not for the formulas of one shard.
+plain_p = Primitive("jaxwarp_plain")
+plain_p.multiple_results = True
+
+
+def call(
+    target: str, inputs: dict[str, Array], outputs: dict[str, jax.ShapeDtypeStruct], **options: Any
+) -> dict[str, Array]:
+    """Computes ``jaxwarp_gather`` or ``jaxwarp_splat``; operands and results have names."""
+    results = plain_p.bind(
+        *inputs.values(),
+        target=target,
+        names=tuple(inputs),
+        outputs=tuple((name, x.shape, np.dtype(x.dtype)) for name, x in outputs.items()),
+        options=tuple(options.items()),
+    )
+    return dict(zip(outputs, results, strict=True))
+
+
+def _abstract(*avals: Any, outputs: Any, **_: Any) -> list[Any]:
+    return [jax.core.ShapedArray(shape, dtype) for _, shape, dtype in outputs]
+
+
+def _lower(
+    ctx: Any, *arrays: Any, target: str, names: tuple[str, ...], outputs: Any, options: Any
+) -> Any:
+    described = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in outputs}
+
+    def compute(*arrays: Array) -> list[Array]:
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            inputs = dict(zip(names, arrays, strict=True))
+            return list(_compute(target, inputs, described, **dict(options)).values())
+
+    bare = [jax.core.ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
+    results = [jax.core.ShapedArray(x.shape, x.dtype) for x in described.values()]
+    ctx = ctx.replace(avals_in=bare, avals_out=results)
+    return mlir.lower_fun(compute, multiple_results=True)(ctx, *arrays)
+
+
+plain_p.def_abstract_eval(_abstract)
+mlir.register_lowering(plain_p, _lower)
+
+
+def _compute(
+    target: str,
+    inputs: dict[str, Array],
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    *,
+    method: str,
+    boundary: str,
+    fill_value: float,
+    derivative: Shape,
+    displacement: bool,
+    deterministic: bool,
+    channels_first: bool,
+    cubic_a: float,
+    reduce: str = "sum",
+    min_coverage: float = 0.0,
+) -> dict[str, Array]:
+    points = inputs["points"]
+    dims = len(derivative)
+    grid = points.shape[-1 - dims : -1] if displacement else points.shape[-2:-1]
+    rank = points.ndim - len(grid) - 1  # of the batch axes
+    if displacement:
+        dtype = jnp.promote_types(points.dtype, jnp.float32)
+        points = reference.pixel_grid(grid, dtype) + points.astype(dtype)
+
+    operands = inputs | {"points": points}
+    for name in {"image", "values"} & operands.keys() if channels_first else ():
+        operands[name] = jnp.moveaxis(operands[name], rank, -1)
+    for name in OF_POINTS & operands.keys():  # the axes of the grid become one
+        x = operands[name]
+        rest = x.shape[rank + len(grid) :]
+        operands[name] = x.reshape(*x.shape[:rank], math.prod(grid), *rest)
+
+    sampling: dict[str, Any] = {
+        "method": CUBICS[cubic_a] if method == "cubic" else method,
+        "boundary": boundary,
+        "derivative": derivative,
+    }
+    if target == "jaxwarp_gather":
+        one = partial(_gather, fill_value=fill_value, **sampling)
+        batch = outputs["values"].shape[:rank]
+    else:
+        image = outputs["image"].shape
+        spatial = image[rank + 1 :] if channels_first else image[rank:-1]
+        one = partial(
+            _splat,
+            shape=spatial,
+            fill_value=fill_value,
+            reduce=reduce,
+            min_coverage=min_coverage,
+            **sampling,
+        )
+        batch = image[:rank]
+    results = _over_batch(one, batch, operands)
+    for name in {"image", "values"} & results.keys() if channels_first else ():
+        results[name] = jnp.moveaxis(results[name], -1, rank)
+    return {n: results[n].reshape(out.shape).astype(out.dtype) for n, out in outputs.items()}
+
+
+def _over_batch(
+    function: Callable[[Operands], Operands], batch: Shape, operands: Operands
+) -> Operands:
+    """`function` of each element of the batch axes, where operands of size 1 are shared.
+
+    `batch` is that of the results: an axis that is 1 there and longer in operands is summed over,
+    by making it a part of the axis of the points.
+    """
+    if not batch:
+        return function(operands)
+    (size,) = jnp.broadcast_shapes(*(x.shape[:1] for x in operands.values()))
+    if batch[0] == 1 != size:
+        last = len(batch) - 1
+
+        def joined(x: Array) -> Array:
+            x = jnp.moveaxis(jnp.broadcast_to(x, (size, *x.shape[1:])), 0, last)
+            return x.reshape(*x.shape[:last], size * x.shape[last + 1], *x.shape[last + 2 :])
+
+        operands = {n: joined(x)[None] if n in OF_POINTS else x for n, x in operands.items()}
+    shared = {n for n, x in operands.items() if x.shape[0] == 1}
+    given = {n: x[0] if n in shared else x for n, x in operands.items()}
+    inner = partial(_over_batch, function, batch[1:])
+    if len(shared) == len(given):
+        return {n: jnp.broadcast_to(x, (batch[0], *x.shape)) for n, x in inner(given).items()}
+    return jax.vmap(inner, ({n: None if n in shared else 0 for n in given},))(given)
+
+
+def _gather(
+    operands: Operands, *, method: str, boundary: str, derivative: Shape, fill_value: float
+) -> Operands:
+    """(1), with the weight exp(importance - peak) where there is one."""
+    image, points = operands["image"], operands["points"]
+    image = image.astype(jnp.promote_types(image.dtype, jnp.float32))
+    if "peak" not in operands:
+        sampled = reference._gather(image, points, method, boundary, fill_value, derivative)
+        return {"values": sampled}
+    finite = reference._finite(points)
+    points = jnp.where(finite, points, 0)
+    j, g = reference._corners(points, image.shape[:-1], method, boundary, derivative)
+    weight = _softmax_weight(operands, g.astype(image.dtype), j, boundary)
+    padded = _padded(image, boundary, len(derivative), fill_value)
+    sampled = reference._weighted(weight[..., None], padded[j]).sum(-2)
+    return {"values": jnp.where(finite, sampled, jnp.nan)}
+
+
+def _splat(
+    operands: Operands,
+    *,
+    shape: Shape,
+    method: str,
+    boundary: str,
+    derivative: Shape,
+    fill_value: float,
+    reduce: str,
+    min_coverage: float,
+) -> Operands:
+    """(5), and the planes that its derivatives need."""
+    values, points = operands["values"], operands["points"]
+    importance = operands.get("importance")
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    margin = reference._margin(boundary)
+    inside = tuple(slice(margin, margin + n) for n in shape)
+
+    finite = reference._finite(points)
+    points = jnp.where(finite, points, 0)
+    j, g = reference._corners(points, shape, method, boundary, derivative)
+    g = jnp.where(finite, g.astype(values.dtype), 0)
+
+    def total(g: Array, f: Array) -> Array:
+        out = jnp.zeros((*(n + 2 * margin for n in shape), f.shape[-1]), values.dtype)
+        return out.at[j].add(reference._weighted(g[..., None], f[:, None, :]))[inside]
+
+    one = jnp.ones((points.shape[0], 1), values.dtype)
+    results = {"coverage": total(g, one)[..., 0]}
+    divisor = results["coverage"]
+    if reduce == "softmax" or "peak" in operands:
+        if "peak" not in operands:
+            logits = jnp.where(finite, operands["importance"][:, None], -jnp.inf)
+            results["peak"] = reference._peak(points, logits, shape, method, boundary)[inside]
+        w = _softmax_weight(results | operands, g, j, boundary)
+        image, divisor = total(w, values), total(w, one)[..., 0]
+    elif importance is not None:
+        w = importance[:, None].astype(values.dtype)
+        image, divisor = total(g, reference._weighted(w, values)), total(g, w)[..., 0]
+    else:
+        image = total(g, values)
+    if reduce != "sum":
+        hole = ((results["coverage"] <= min_coverage) | (divisor == 0))[..., None]
+        image = jnp.where(hole, fill_value, image / jnp.where(hole, 1, divisor[..., None]))
+    return results | {"image": image, "weight": divisor}
+
+
+def _softmax_weight(operands: Operands, g: Array, j: tuple[Array, ...], boundary: str) -> Array:
+    """g exp(importance - peak) at the corners j; 0 outside, and for a logit of -inf."""
+    logits, peak = operands["importance"][:, None], operands["peak"]
+    peak = _padded(peak[..., None], boundary, peak.ndim, jnp.inf)[..., 0]
+    weight = reference._weighted(g, reference._exponential(logits, peak[j]))
+    return jnp.where(logits == -jnp.inf, 0, weight)
+
+
+def _padded(image: Array, boundary: str, dims: int, value: float) -> Array:
+    margin = reference._margin(boundary)
+    pad = [(margin, margin)] * dims + [(0, 0)]
+    return jnp.pad(image, pad, constant_values=value)
