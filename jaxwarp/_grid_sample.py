@@ -106,7 +106,10 @@ def grid_sample(
 def to_pixels(
     grid: Float[ArrayLike, "*S dims"], shape: Sequence[int], *, align_corners: bool
 ) -> Float[Array, "*S dims"]:
-    """Converts normalised coordinates to pixels.
+    """Converts normalised positions to pixels.
+
+    For positions, not for displacements, which have no origin: those are multiplied by ``(n - 1) /
+    2`` with `align_corners` and by ``n / 2`` without, n being the sizes ``(W, H[, D])``.
 
     Args:
       grid: ``(*S, 2)`` or ``(*S, 3)``, (x, y[, z]) where -1 and 1 are the two ends of an axis.

@@ -107,8 +107,8 @@ def _orders(derivative: Sequence[int] | None, dims: int) -> tuple[int, ...]:
 def _dims(name: str, size: int) -> int:
     if size not in AXES:
         raise ValueError(
-            f"{name}: expected a last axis of 2 (x, y) or 3 (x, y, z), got {size}; "
-            "put the coordinates of a position last"
+            f"{name}: expected a last axis of 2 (x, y) or 3 (x, y, z), got {size}; put the "
+            "coordinates of a position last, and pass a 1-D signal as one row, with y = 0"
         )
     return size
 
@@ -245,7 +245,8 @@ def gather(
       points: ``(*S, 2)`` or ``(*S, 3)``, positions ``(x, y[, z])`` in pixels; float32 or float64,
         whatever the image has. x runs along W, y along H, z along D; 0 is the centre of the first
         pixel.
-      method: ``"nearest"`` (ties to even), ``"linear"`` or ``"cubic"`` (Keys, a = -0.5).
+      method: ``"nearest"`` (ties to the even pixel, as PyTorch; jax's `map_coordinates` rounds them
+        away from zero), ``"linear"`` or ``"cubic"`` (Keys, a = -0.5).
       boundary: what lies outside, corner by corner, as in `jax.scipy.ndimage.map_coordinates`:
         ``"constant"`` (`fill_value`), ``"nearest"`` (the pixel at the edge), ``"mirror"`` (turned
         at the centre of that pixel), ``"reflect"`` (at its outer edge) or ``"wrap"`` (periodic).
@@ -254,7 +255,8 @@ def gather(
       derivative: orders along ``(x, y[, z])``, for example ``(1, 0)`` for the sampled derivative of
         the interpolated image along x. ``None``: the value itself.
       forward_mode: allow `jax.jvp`, `jax.jacfwd` and `jax.linearize` too, where ``False`` allows
-        reverse mode and derivatives of it.
+        reverse mode and derivatives of it. Solvers for least squares (Gauss-Newton,
+        Levenberg-Marquardt) want it.
       deterministic: on a GPU, ``True`` gives sums over points (splats, gradients of the image) the
         same bits in every run, for a second pass over the points and, during the call, 12 bytes of
         memory per element of the sum (24 for float64). On a CPU they never depend on the run.
@@ -290,7 +292,8 @@ def gather(
     if image.ndim - 1 not in AXES:
         raise ValueError(
             f"image: expected shape (H, W, C) or (D, H, W, C), got {image.shape}; "
-            "add the channels with [..., None], and use jax.vmap for a batch"
+            "add the channels with [..., None], use jax.vmap for a batch, and pass a 1-D signal as "
+            "one row, signal[None, :, None], with y = 0"
         )
     dims = image.ndim - 1
     if points.ndim == 0 or points.shape[-1] != dims:
@@ -484,7 +487,9 @@ def forward_warp(
       method: as in `gather`; only ``"sum"`` takes ``"cubic"``, whose weights go negative.
       boundary: as in `splat`.
       fill_value: the value of a hole; not for ``"sum"``.
-      min_coverage: a target with a coverage of no more than this is a hole; not for ``"sum"``.
+      min_coverage: a target with a coverage of no more than this is a hole; not for ``"sum"``. A
+        small number, such as 0.01, keeps gradients from exploding where a target gets a sliver of
+        a value.
       return_coverage: also return the coverage.
       forward_mode, deterministic: as in `gather`.
 

@@ -886,7 +886,15 @@ def _op_jvp(
     d.pop("peak", None)
     if not forward_mode:
         key, at = tuple(params.items()), {n: operands[n] for n in d}
-        results, d_results = jax.jvp(lambda at: _with_vjp(op, key, operands | at), (at,), (d,))
+        try:
+            results, d_results = jax.jvp(lambda at: _with_vjp(op, key, operands | at), (at,), (d,))
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                "forward_mode: expected True under forward-mode differentiation (jvp, jacfwd, "
+                "linearize), got False; pass forward_mode=True to the jaxwarp function"
+            ) from error
         return list(results.values()), list(d_results.values())
 
     results = _bind(op.primitive, op.outputs, operands, **params, forward_mode=True)

@@ -15,7 +15,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 INCLUDED = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 INCLUDED += [ROOT / "benchmarks" / "RESULTS.md"]
-PEERS = {"torch", "scipy", "cv2"}  # a block that imports one runs where it is installed
+PEERS = {"torch", "scipy", "cv2", "dm_pix"}  # a block that imports one runs where it is installed
 
 
 def name(path):

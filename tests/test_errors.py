@@ -284,6 +284,28 @@ def test_wrong_call(error, argument, expected, received, call, arrays, options):
         call(*arrays, **options)
 
 
+@pytest.mark.parametrize("transform", [jax.jvp, jax.jacfwd], ids=lambda f: f.__name__)
+def test_forward_mode_is_named(transform):
+    def warp(flow):
+        return jaxwarp.backward_warp(IMAGE, flow)
+
+    with pytest.raises(TypeError, match=r"expected True .* pass forward_mode=True"):
+        transform(warp, (FLOW,), (FLOW,)) if transform is jax.jvp else transform(warp)(FLOW)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: jaxwarp.gather(VALUES, POINTS),
+        lambda: jaxwarp.backward_warp(VALUES, POINTS[:, :1]),
+        lambda: jaxwarp.grid_sample(VALUES, POINTS[:, :1]),
+    ],
+)
+def test_one_dimension_has_a_way(call):
+    with pytest.raises(ValueError, match=r"1-D signal as one row"):
+        call()
+
+
 def test_static_options_cannot_be_traced():
     for option in ("damping", "tol", "max_steps"):
 
