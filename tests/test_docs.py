@@ -45,6 +45,10 @@ def test_code(page):
         pytest.skip(f"not installed: {', '.join(missing)}")
 
 
+def test_readme_has_lines_for_any_screen():
+    assert max(map(len, (ROOT / "README.md").read_text().splitlines())) <= 100
+
+
 def test_every_public_name_is_in_the_reference():
     text = (DOCS / "api.rst").read_text()
     listed = set(re.findall(r"^\.\. autofunction:: (\S+)$", text, re.MULTILINE))
