@@ -17,9 +17,18 @@ import numpy as np
 from jax.export import DisabledSafetyCheck
 
 
+def flag(name: str, default: bool) -> bool:
+    """The value of an environment variable, `default` where it is unset or empty."""
+    value = os.environ.get(name, "").lower()
+    if value not in ("", "0", "false", "1", "true"):
+        raise ValueError(f"{name}: expected 0 or 1, got {value!r}; change the environment variable")
+    return value in ("1", "true") if value else default
+
+
 def _compiled() -> dict[str, ModuleType]:
-    """The modules with kernels, by jax's name of their platform; none with JAXWARP_KERNELS=0."""
-    if os.environ.get("JAXWARP_KERNELS", "1").lower() in ("0", "false"):
+    """Imports the modules with kernels, by jax's name of their platform, unless JAXWARP_KERNELS=0
+    asks for none."""
+    if not flag("JAXWARP_KERNELS", True):
         return {}
     try:
         import jaxwarp._cpu as _cpu
@@ -68,8 +77,10 @@ _register(MODULES)
 
 
 def check_without_kernels(platforms: Sequence[str], deterministic: bool) -> None:
-    """Of a program that is lowered to plain jnp for these platforms; `deterministic`: its scatters
-    must give the same bits in every run."""
+    """Warns or refuses where a program is lowered to plain jnp for these platforms.
+
+    `deterministic`: its scatters must give the same bits in every run.
+    """
     if "cuda" in platforms:
         _warn_of_missing_kernels()
     atomic = [p for p in platforms if p not in ("cpu", "tpu")]
@@ -83,7 +94,7 @@ def check_without_kernels(platforms: Sequence[str], deterministic: bool) -> None
 
 @functools.cache
 def _warn_of_missing_kernels() -> None:
-    if MODULES:  # else it is what was asked for
+    if MODULES:  # without any, JAXWARP_KERNELS=0 has asked for plain jnp
         warnings.warn(
             "jaxwarp: this installation has no CUDA kernels, so plain jnp runs on the GPU, more "
             "slowly; install a wheel with them, or build one where nvcc is found "

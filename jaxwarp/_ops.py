@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated as Float  # what jaxtyping's is to type checkers
@@ -14,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxwarp import _primitives
+from jaxwarp import _ffi, _primitives
 from jaxwarp._primitives import Reduction, Sampling
 
 METHODS = ("nearest", "linear", "cubic")
@@ -80,7 +79,7 @@ def _flag(name: str, value: Any) -> bool:
 
 def _deterministic(value: Any) -> bool:
     if value is None:
-        return os.environ.get("JAXWARP_DETERMINISTIC", "0").lower() not in ("", "0", "false")
+        return _ffi.flag("JAXWARP_DETERMINISTIC", False)
     return _flag("deterministic", value)
 
 

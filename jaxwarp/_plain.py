@@ -1,6 +1,7 @@
 """Gather and splat in plain jnp, where there are no kernels: called like `_ffi.call`, same results.
 
-The formulas are those of `jaxwarp.reference`; this file adds batch axes, layouts, given peaks.
+The formulas are those of `jaxwarp.reference`; this file adds batch axes, layouts, given peaks. The
+derivatives of both are compositions of them, in `_primitives`.
 """
 
 import math

@@ -1,6 +1,6 @@
 """One family of primitives, closed under differentiation.
 
-The only file that knows jax.interpreters, but for one primitive of `_plain`.
+This file and `_plain` alone know jax.interpreters.
 
     gather_p   image, points[, importance, peak] -> values             (1)
     splat_p    values, points[, importance[, peak]] -> image[, coverage ...]   (5)
@@ -32,7 +32,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
-from jaxwarp import _ffi, _plain, _sharding
+from jaxwarp import _ffi, _plain, _sharding, reference
 from jaxwarp._sharding import BATCH, CHANNEL, COORDINATE, GRID, SPATIAL, Labels, Shard
 
 # Dicts of operands and results are in the order of their names, as jax orders a dict.
@@ -419,8 +419,9 @@ def _define(
     plainly = lowering(plain or partial(_run_kernel, _plain, name))
     mlir.register_lowering(primitive, lower_plainly)
     for platform in _ffi.MODULES:
-        always = {"deterministic": False} if platform == "cpu" else {}  # without being asked
-        kernel = lowering(partial(_run_kernel, _ffi, name), **always)
+        # On a CPU sums are deterministic anyway, so the kernel is not asked for more.
+        replaced = {"deterministic": False} if platform == "cpu" else {}
+        kernel = lowering(partial(_run_kernel, _ffi, name), **replaced)
         mlir.register_lowering(primitive, kernel, platform=platform)
     batching.primitive_batchers[primitive] = batch
     return primitive
@@ -532,13 +533,14 @@ def _gather_vjp(
 def _gather_vjp_tangent(
     operands: Operands, outputs: Operands, *, sampling: Sampling, wants: Wants
 ) -> Operands:
-    """(2) of the points, with one factor moved at a time."""
+    """(2) of the points, with one factor moved at a time, summed over what a batch shares."""
     at = {n: operands[n] for n in ("image", "points", "ct_values")}
+    ((name, batch),) = wants
+    common = jnp.broadcast_shapes(*(b for b, _ in _split(operands, sampling).values()))
 
     def pull(moved: Operands, sampling: Sampling = sampling) -> Array:
-        return _bind(gather_vjp_p, _vjp_outputs, at | moved, sampling=sampling, wants=wants)[
-            "ct_points"
-        ]
+        params: dict[str, Any] = {"sampling": sampling, "wants": ((name, common),)}
+        return _bind(gather_vjp_p, _vjp_outputs, at | moved, **params)["ct_points"]
 
     parts = []
     if "d_image" in operands:
@@ -550,7 +552,7 @@ def _gather_vjp_tangent(
             pull({}, sampling.raised(a)) * operands["d_points"][..., a : a + 1]
             for a in range(at["points"].shape[-1])
         ]
-    return {"d_ct_points": sum(parts[1:], parts[0])}
+    return {"d_ct_points": _fit_batch(sum(parts[1:], parts[0]), batch)}
 
 
 def _sampled_dot(
@@ -620,7 +622,8 @@ def _splat_composed(
     if reduction.divides:
         divisor = total(_weighted(one, importance)) if "importance" in operands else coverage
         hole = _holes(coverage, divisor, reduction)
-        image = jnp.where(hole, sampling.fill_value, image / jnp.where(hole, 1, divisor))
+        ratio = reference._ratio(image, jnp.where(hole, 1, divisor))
+        image = jnp.where(hole, sampling.fill_value, ratio)
     return {"image": image.astype(values.dtype), "coverage": coverage[..., 0]}
 
 
@@ -692,20 +695,22 @@ def _splat_vjp(
     ct_image = operands["ct_image"]
     results = {}
     if _is_plain(primals, reduction) and "ct_coverage" not in operands:
-        # Where a gather gives NaN, a splat drops the source.
-        finite = jnp.isfinite(primals["points"]).all(-1)
-        points = jnp.where(finite[..., None], primals["points"], 0)
+        # Where a gather gives NaN, a splat drops the source, and one with a logit of -inf too.
         values, linear, softmax = primals["values"], sampling.linear(), _softmax(primals)
+        kept = jnp.isfinite(primals["points"]).all(-1)
+        points = jnp.where(kept[..., None], primals["points"], 0)
+        if softmax:
+            kept &= softmax["importance"] != -jnp.inf
         for name, batch in wants:
             if name == "values":
                 full = gather(ct_image, points, linear, softmax)
-                full = jnp.where(_over_channels(finite, sampling), full, 0)
+                full = jnp.where(_over_channels(kept, sampling), full, 0)
             elif name == "points":
                 full = _points_vjp(ct_image, points, values, linear, softmax)
-                full = jnp.where(finite[..., None], full, 0)
+                full = jnp.where(kept[..., None], full, 0)
             else:
                 full = _sampled_dot(ct_image, points, values, linear, softmax)
-                full = jnp.where(finite, full, 0)
+                full = jnp.where(kept, full, 0)
             results["ct_" + name] = _fit_batch(full, batch)
     else:
         moved = {n: jnp.broadcast_to(primals[n], (*batch, *split[n][1])) for n, batch in wants}
@@ -718,10 +723,9 @@ def _splat_vjp(
             )
 
         composed, pull = jax.vjp(compose, moved)
-        given = {
-            "image": ct_image,
-            "coverage": operands.get("ct_coverage", jnp.zeros((), accumulator(ct_image.dtype))),
-        }
+        given = jax.tree.map(jnp.zeros_like, composed) | {"image": ct_image}
+        if "ct_coverage" in operands:
+            given["coverage"] = operands["ct_coverage"]
         (cts,) = pull({n: jnp.broadcast_to(ct, composed[n].shape) for n, ct in given.items()})
         results = {"ct_" + name: ct for name, ct in cts.items()}
     return {name: results[name].astype(out.dtype) for name, out in outputs.items()}

@@ -169,11 +169,17 @@ def test_options_of_the_package_are_those_of_the_tests():
 
 def test_deterministic_is_accepted(monkeypatch):
     image, flow = np.ones((4, 5, 1)), np.zeros((4, 5, 2))
-    for value in ("1", "0"):
+    for value in ("1", "0", "", "true"):
         monkeypatch.setenv("JAXWARP_DETERMINISTIC", value)
         for deterministic in (None, True, False):
             out = jaxwarp.forward_warp(image, flow, deterministic=deterministic)
             np.testing.assert_array_equal(out, image)
+
+
+def test_an_environment_variable_that_is_no_flag(monkeypatch):
+    monkeypatch.setenv("JAXWARP_DETERMINISTIC", "never")
+    with pytest.raises(ValueError, match=r"JAXWARP_DETERMINISTIC: expected 0 or 1, got 'never'"):
+        jaxwarp.gather(np.ones((4, 5, 1)), np.zeros((3, 2)))
 
 
 @pytest.mark.parametrize("part", ["", "nanobind/", "robin_map/"])

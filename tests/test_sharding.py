@@ -1,7 +1,6 @@
 """Sharded over a mesh of devices: the values of the reference, no operand gathered, and no more
 reductions than the answer is a sum over devices."""
 
-import os
 import re
 from collections import Counter
 from functools import cache, partial
@@ -17,12 +16,12 @@ from jax.sharding import PartitionSpec as P
 from remembered import remembered
 
 import jaxwarp
-from jaxwarp import _sharding, reference
+from jaxwarp import _ffi, _sharding, reference
 
 B, H, W, C, N = 8, 8, 6, 4, 16
 BOTH, CHANNELS = ("x", "y"), (None, None, None)  # a batch over both mesh axes; axes before channels
 TOLERANCE = 1e-12
-KERNELS = os.environ.get("JAXWARP_KERNELS") != "0"
+KERNELS = bool(_ffi.MODULES)
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 
 
@@ -69,6 +68,16 @@ OPERATIONS = {
     "average": (partial(forward_warp, reduce="average"), ("image", "flow", "importance")),
     "softmax": (partial(forward_warp, reduce="softmax"), ("image", "flow", "importance")),
     "grid_sample": (lambda module, *a: module.grid_sample(*a), ("channels first", "flow")),
+    "shared values": (
+        lambda module, values, flow, w: module.forward_warp(values, flow, importance=w),
+        ("one image", "flow", "importance"),
+    ),
+    "softmax of shared values": (
+        lambda module, values, flow, logits: module.forward_warp(
+            values, flow, importance=logits, reduce="softmax"
+        ),
+        ("one image", "flow", "importance"),
+    ),
 }
 
 
@@ -103,6 +112,7 @@ CASES = {
     "sum batch": Sharded("sum", (P("x"),) * 3, P("x")),
     "average batch": Sharded("average", (P("x"),) * 3, P("x")),
     "softmax batch": Sharded("softmax", (P("x"),) * 3, P("x")),
+    "shared values, batch": Sharded("shared values", (P(), P("x"), P("x")), P("x"), 0, 1),
     "grid_sample batch": Sharded("grid_sample", (P("x"), P("x")), P("x")),
     # Over the points, the image that they share has its cotangent summed, and a splat its result;
     # its cotangents are those of the points. A softmax finds the maximum first.
@@ -361,6 +371,7 @@ SHARD_MAP = {
     "backward_warp": ("shared image", (P(), P("x")), P("x")),
     "average": ("average", (P("x"), P("x"), P("x")), P("x")),
     "softmax": ("softmax", (P("x"), P("x"), P("x")), P("x")),
+    "shared values": ("shared values", (P(), P("x"), P("x")), P("x")),
 }
 CHECKS = pytest.mark.parametrize(
     ("kind", "check_vma"),
@@ -403,9 +414,11 @@ def test_shard_map(name, kind, check_vma):
 
 
 @CHECKS
-def test_second_order_in_shard_map(kind, check_vma):
-    function, given, mesh = jaxwarp.backward_warp, arrays("one image", "flow"), mesh_of(kind)
-    specs = (P(), P("x"))
+@pytest.mark.parametrize("operation", ["shared image", "shared values", "softmax of shared values"])
+def test_second_order_in_shard_map(operation, kind, check_vma):
+    function, names = OPERATIONS[operation]
+    function, given, mesh = partial(function, jaxwarp), arrays(*names), mesh_of(kind)
+    specs = (P(), P("x"), P("x"))[: len(names)]
     with jax.set_mesh(mesh):
         sharded = jax.shard_map(
             function, mesh=mesh, in_specs=specs, out_specs=P("x"), check_vma=check_vma

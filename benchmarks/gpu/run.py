@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE if (HERE / "benchmarks").is_dir() else HERE.parents[1]
 TOOLS = ROOT / "benchmarks/gpu"
 # kernels.cu, compiled
-KERNELS = Path(os.environ.get("JAXWARP_KERNELS", HERE / "kernels")).resolve()
+KERNELS = Path(os.environ.get("JAXWARP_KERNELS_BENCHMARK", HERE / "kernels")).resolve()
 CUDA = "/usr/local/cuda/bin"
 CANNOT = 77  # the exit status of a step that can say nothing here: automake's of a skipped test
 
