@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxwarp
+from jaxwarp import _ffi
 
 EVERY_KERNEL = [
     cases.Case("gather"),
@@ -57,7 +58,7 @@ print(events.count("cache_hits"), events.count("cache_misses"))
 def test_export_to_a_fresh_process(case, tmp_path):
     arrays, program = case.inputs(), value_and_cotangents(case)
     exported = jax.export.export(
-        program, disabled_checks=jaxwarp.export_checks(), platforms=["cpu", "cuda"]
+        program, disabled_checks=jaxwarp.export_checks(), platforms=list(_ffi.MODULES)
     )(*arrays)
     (tmp_path / "program").write_bytes(exported.serialize())
     np.savez(tmp_path / "arrays.npz", *arrays)

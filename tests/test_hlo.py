@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxwarp
+from jaxwarp import _ffi
 
 IMAGE, FLOW, BATCH = (11, 13, 3), (7, 9, 2), 5
 # Instructions that only name a buffer.
@@ -255,6 +256,7 @@ def test_forward_warp_makes_only_the_cotangents_asked_for(reduce, wanted):
     assert calls(instructions).total() == 1 + forward
 
 
+@pytest.mark.skipif("cuda" not in _ffi.MODULES, reason="built without CUDA")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_deterministic_sums_take_memory_on_a_gpu_alone(dtype):
     """3 words of float32 sums, 6 of float64, in a buffer of the program; without sums, none."""
