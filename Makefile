@@ -59,8 +59,9 @@ FFI_INCLUDE = $(call ffi_include,$(BIN)/python)
 # of the transformations.
 LATER_PYTHONS ?= 3.12 3.13
 OLDEST_JAX := 0.10.0
-VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo sharding transforms) \
-  -k "not (test_transforms and (3d or backward_warp or forward_warp-2d-sum or importance))"
+VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo platforms sharding \
+  transforms) -k "not (test_transforms and (3d or backward_warp or forward_warp-2d-sum or importance)) \
+  and not (test_platforms and (3d or third or float32 or bfloat16 or transformations_without))"
 
 # In a recipe: a wheel in $$built/wheel by the Python $(1), with CMake variables $(2). The
 # environment that builds it holds what an isolated build has. What was compiled stays, in a folder
