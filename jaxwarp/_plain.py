@@ -89,11 +89,7 @@ def _compute(
     dims = len(derivative)
     grid = points.shape[-1 - dims : -1] if displacement else points.shape[-2:-1]
     rank = points.ndim - len(grid) - 1  # of the batch axes
-    if displacement:
-        dtype = jnp.promote_types(points.dtype, jnp.float32)
-        points = reference.pixel_grid(grid, dtype) + points.astype(dtype)
-
-    operands = inputs | {"points": points}
+    operands = inputs | {"points": reference._displaced(points) if displacement else points}
     for name in {"image", "values"} & operands.keys() if channels_first else ():
         operands[name] = jnp.moveaxis(operands[name], rank, -1)
     for name in OF_POINTS & operands.keys():  # the axes of the grid become one
@@ -159,7 +155,7 @@ def _gather(
 ) -> Operands:
     """(1), with the weight exp(importance - peak) where there is one."""
     image, points = operands["image"], operands["points"]
-    image = image.astype(jnp.promote_types(image.dtype, jnp.float32))
+    image = image.astype(reference._at_least_float32(image))
     if "peak" not in operands:
         sampled = reference._gather(image, points, method, boundary, fill_value, derivative)
         return {"values": sampled}
@@ -167,7 +163,7 @@ def _gather(
     points = jnp.where(finite, points, 0)
     j, g = reference._corners(points, image.shape[:-1], method, boundary, derivative)
     weight = _softmax_weight(operands, g.astype(image.dtype), j, boundary)
-    padded = _padded(image, boundary, len(derivative), fill_value)
+    padded = reference._padded(image, boundary, fill_value)
     sampled = reference._weighted(weight[..., None], padded[j]).sum(-2)
     return {"values": jnp.where(finite, sampled, jnp.nan)}
 
@@ -186,9 +182,7 @@ def _splat(
     """(5), and the planes that its derivatives need."""
     values, points = operands["values"], operands["points"]
     importance = operands.get("importance")
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    margin = reference._margin(boundary)
-    inside = tuple(slice(margin, margin + n) for n in shape)
+    values = values.astype(reference._at_least_float32(values))
 
     finite = reference._finite(points)
     points = jnp.where(finite, points, 0)
@@ -196,8 +190,7 @@ def _splat(
     g = jnp.where(finite, g.astype(values.dtype), 0)
 
     def total(g: Array, f: Array) -> Array:
-        out = jnp.zeros((*(n + 2 * margin for n in shape), f.shape[-1]), values.dtype)
-        return out.at[j].add(reference._weighted(g[..., None], f[:, None, :]))[inside]
+        return reference._added(reference._weighted(g[..., None], f[:, None]), j, shape, boundary)
 
     one = jnp.ones((points.shape[0], 1), values.dtype)
     results = {"coverage": total(g, one)[..., 0]}
@@ -205,7 +198,8 @@ def _splat(
     if reduce == "softmax" or "peak" in operands:
         if "peak" not in operands:
             logits = jnp.where(finite, operands["importance"][:, None], -jnp.inf)
-            results["peak"] = reference._peak(points, logits, shape, method, boundary)[inside]
+            peak = reference._peak(points, logits, shape, method, boundary)
+            results["peak"] = reference._inside(peak, shape, boundary)
         w = _softmax_weight(results | operands, g, j, boundary)
         image, divisor = total(w, values), total(w, one)[..., 0]
     elif importance is not None:
@@ -222,12 +216,6 @@ def _splat(
 def _softmax_weight(operands: Operands, g: Array, j: tuple[Array, ...], boundary: str) -> Array:
     """g exp(importance - peak) at the corners j; 0 outside, and for a logit of -inf."""
     logits, peak = operands["importance"][:, None], operands["peak"]
-    peak = _padded(peak[..., None], boundary, peak.ndim, jnp.inf)[..., 0]
+    peak = reference._padded(peak[..., None], boundary, jnp.inf)[..., 0]
     weight = reference._weighted(g, reference._exponential(logits, peak[j]))
     return jnp.where(logits == -jnp.inf, 0, weight)
-
-
-def _padded(image: Array, boundary: str, dims: int, value: float) -> Array:
-    margin = reference._margin(boundary)
-    pad = [(margin, margin)] * dims + [(0, 0)]
-    return jnp.pad(image, pad, constant_values=value)

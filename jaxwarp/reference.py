@@ -411,12 +411,10 @@ def _interpolate(
     product: Callable[[Array, Array], Array] = jnp.multiply,
 ) -> Array:
     """sum_j g(p, j) I(j) of (1); 0 at a position that is not finite."""
-    margin = _margin(boundary)  # one ring of `fill_value` around the image is all that is outside
-    pad = [(margin, margin)] * points.shape[-1] + [(0, 0)]
-    padded = jnp.pad(image, pad, constant_values=fill_value)
     finite = _finite(points)
     at = jnp.where(finite, points, 0)
     j, g = _corners(at, image.shape[:-1], method, boundary, derivative)
+    padded = _padded(image, boundary, fill_value)
     out = jnp.sum(product(g.astype(image.dtype)[..., None], padded[j]), axis=-2)
     return jnp.where(finite, out, 0)
 
@@ -454,16 +452,19 @@ def _scatter(
     product: Callable[[Array, Array], Array] = jnp.multiply,
 ) -> Array:
     """sum_i w_ij g(p_i, j) f_i of (5), where w is 1 or, with logits (*S, 1), that of "softmax"."""
-    margin = _margin(boundary)  # what falls outside is added to the ring, and cut off with it
-    padded = tuple(n + 2 * margin for n in shape)
     j, g = _corners(points, shape, method, boundary, derivative)
     g = g.astype(values.dtype)
     if logits is not None:
         peak = _peak(points, logits.astype(values.dtype), shape, method, boundary)
         g = _weighted(g, _exponential(logits, peak[j]))
-    out = jnp.zeros((*padded, values.shape[-1]), values.dtype)
-    out = out.at[j].add(product(g[..., None], values[..., None, :]))
-    return out[tuple(slice(margin, margin + n) for n in shape)]
+    return _added(product(g[..., None], values[..., None, :]), j, shape, boundary)
+
+
+def _added(parts: Array, j: tuple[Array, ...], shape: tuple[int, ...], boundary: str) -> Array:
+    """The image of which every corner j gets its part, (*S, K, C) -> (*shape, C)."""
+    empty = jnp.zeros((*shape, parts.shape[-1]), parts.dtype)
+    # What falls outside is added to the ring, and cut off with it.
+    return _inside(_padded(empty, boundary, 0).at[j].add(parts), shape, boundary)
 
 
 def _peak(
@@ -548,10 +549,22 @@ def _margin(boundary: str) -> int:
     return 1 if boundary == "constant" else 0
 
 
+def _padded(image: Array, boundary: str, value: float) -> Array:
+    """The image with what is outside: one ring of `value` is all of it."""
+    margin = _margin(boundary)
+    pad = [(margin, margin)] * (image.ndim - 1) + [(0, 0)]
+    return jnp.pad(image, pad, constant_values=value)
+
+
+def _inside(padded: Array, shape: Sequence[int], boundary: str) -> Array:
+    margin = _margin(boundary)
+    return padded[tuple(slice(margin, margin + n) for n in shape)]
+
+
 def _displaced(flow: Array) -> Array:
     """p = q + flow[q], formed at least in float32."""
-    dtype = _at_least_float32(flow)
-    return pixel_grid(flow.shape[:-1], dtype) + flow.astype(dtype)
+    dtype, dims = _at_least_float32(flow), flow.shape[-1]
+    return pixel_grid(flow.shape[-1 - dims : -1], dtype) + flow.astype(dtype)
 
 
 def _at_least_float32(array: Array) -> DTypeLike:

@@ -1,14 +1,11 @@
 """Programs that outlive the process or the shapes they were traced with, and JAX's own checkers."""
 
-import os
-import subprocess
-import sys
-
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import fresh_process
 
 import jaxwarp
 from jaxwarp import _ffi
@@ -27,14 +24,6 @@ def value_and_cotangents(case):
         return out, pull(jnp.sin(3 * out))
 
     return jax.jit(compute)
-
-
-def fresh_process(code, **environment):
-    command = [sys.executable, "-P", "-c", code]
-    environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"} | environment
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 def cache_hits_and_misses(code, folder, **environment):

@@ -55,18 +55,6 @@ def on_both(monkeypatch, function, *arrays, **kwargs):
     return on_host(monkeypatch, function, *arrays, **kwargs), expected
 
 
-def value_and_cotangents(function):
-    def compute(*arrays):
-        out, pull = jax.vjp(function, *arrays)
-        ct = [
-            jnp.cos(jnp.arange(o.size)).reshape(o.shape).astype(o.dtype)
-            for o in jax.tree.leaves(out)
-        ]
-        return out, pull(jax.tree.unflatten(jax.tree.structure(out), ct))
-
-    return compute
-
-
 def value_and_tangent(function):
     def compute(*arrays):
         tangents = (jnp.cos(jnp.arange(a.size)).reshape(a.shape).astype(a.dtype) for a in arrays)
@@ -84,7 +72,7 @@ def with_channels(case, channels, **kwargs):
 @pytest.mark.parametrize("case", cases.UNDIFFERENTIATED, ids=str)
 def test_every_case(monkeypatch, case):
     for function in (
-        value_and_cotangents(case.function(jaxwarp)),
+        cases.value_and_cotangents(case.function(jaxwarp)),
         value_and_tangent(case.function(jaxwarp, forward_mode=True)),
     ):
         actual, expected = on_both(monkeypatch, function, *case.inputs())
@@ -98,7 +86,7 @@ def test_packs_and_tails(monkeypatch, case, dtype, channels):
     point_dtype = "float64" if dtype == "float64" else "float32"
     arrays = with_channels(case, channels, dtype=dtype, point_dtype=point_dtype)
     for function in (
-        value_and_cotangents(case.function(jaxwarp)),
+        cases.value_and_cotangents(case.function(jaxwarp)),
         value_and_tangent(case.function(jaxwarp, forward_mode=True)),
     ):
         actual, expected = on_both(monkeypatch, function, *arrays)
@@ -110,7 +98,7 @@ def test_packs_and_tails(monkeypatch, case, dtype, channels):
 def test_second_order(monkeypatch, case, dtype):
     point_dtype = "float64" if dtype == "float64" else "float32"
     arrays = with_channels(case, 8, dtype=dtype, point_dtype=point_dtype)
-    function = value_and_tangent(value_and_cotangents(case.function(jaxwarp)))
+    function = value_and_tangent(cases.value_and_cotangents(case.function(jaxwarp)))
     actual, expected = on_both(monkeypatch, function, *arrays)
     cases.assert_close(actual, expected, TOLERANCE[dtype])
 
@@ -174,14 +162,14 @@ def test_shared_operands(monkeypatch, case, in_axes):
         a if axis is None else np.stack([a, np.flip(a, 0), 0.5 * a])
         for a, axis in zip(arrays, in_axes, strict=True)
     ]
-    function = value_and_cotangents(jax.vmap(case.function(jaxwarp), in_axes))
+    function = cases.value_and_cotangents(jax.vmap(case.function(jaxwarp), in_axes))
     actual, expected = on_both(monkeypatch, function, *arrays)
     cases.assert_close(actual, expected, TOLERANCE["float64"])
 
     image, points = case.inputs()
     image, points = np.stack([image, 2 * image]), np.stack([points, np.flip(points, 0), points])
     crossed = jax.vmap(jax.vmap(case.function(jaxwarp), (None, 0)), (0, None))
-    actual, expected = on_both(monkeypatch, value_and_cotangents(crossed), image, points)
+    actual, expected = on_both(monkeypatch, cases.value_and_cotangents(crossed), image, points)
     cases.assert_close(actual, expected, TOLERANCE["float64"])
 
 
@@ -198,12 +186,12 @@ def test_deterministic(monkeypatch, case, dtype):
     function = case.function(jaxwarp)
     batched = jax.vmap(lambda image, points: function(image, points, *rest), (None, 0))
     for run, arrays in (
-        (value_and_cotangents(function), (image, points, *rest)),
+        (cases.value_and_cotangents(function), (image, points, *rest)),
         (
             value_and_tangent(case.function(jaxwarp, forward_mode=True)),
             (image, points, *rest),
         ),
-        (value_and_cotangents(batched), (image, np.stack([points, np.flip(points, 0)]))),
+        (cases.value_and_cotangents(batched), (image, np.stack([points, np.flip(points, 0)]))),
     ):
         actual, expected = on_both(monkeypatch, run, *arrays, deterministic=True)
         cases.assert_close(actual, expected, TOLERANCE[dtype])
@@ -298,7 +286,7 @@ def test_deterministic_sums_of_any_size(monkeypatch, dtype):
 def test_half_flow(monkeypatch, flow_dtype):
     case = next(c for c in cases.FEW if c.op == "backward_warp")
     arrays = case.inputs(kind="random", dtype="float32", point_dtype=flow_dtype)
-    function = value_and_cotangents(case.function(jaxwarp))
+    function = cases.value_and_cotangents(case.function(jaxwarp))
     actual, expected = on_both(monkeypatch, function, *arrays)
     cases.assert_close(actual, expected, TOLERANCE["float16"])
 
@@ -312,7 +300,9 @@ def test_more_than_one_block(monkeypatch):
     def warp(values, flow, importance):
         return jaxwarp.forward_warp(values, flow, importance=importance, return_coverage=True)
 
-    actual, expected = on_both(monkeypatch, value_and_cotangents(warp), values, flow, importance)
+    actual, expected = on_both(
+        monkeypatch, cases.value_and_cotangents(warp), values, flow, importance
+    )
     cases.assert_close(actual, expected, TOLERANCE["float32"])
 
 
@@ -321,7 +311,7 @@ def test_more_batches_than_blocks(monkeypatch):
     rng, shape = np.random.default_rng(0), (65_540, 1, 2)
     image = rng.standard_normal((*shape, 1))
     flow = rng.integers(-64, 64, (*shape, 2)) / 64
-    function = value_and_cotangents(jaxwarp.backward_warp)
+    function = cases.value_and_cotangents(jaxwarp.backward_warp)
     actual, expected = on_both(monkeypatch, function, image, flow)
     cases.assert_close(actual, expected, TOLERANCE["float64"])
 

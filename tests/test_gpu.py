@@ -24,17 +24,6 @@ SINGLE = 1e-5
 TOLERANCE = {"float32": SINGLE, "bfloat16": 2.0**-8, "float16": 2.0**-11 + 1e-6}
 
 
-def value_and_cotangents(function):
-    def run(*arrays):
-        out, vjp = jax.vjp(function, *arrays)
-        ct = jax.tree.map(
-            lambda o: jnp.cos(jnp.arange(o.size)).reshape(o.shape).astype(o.dtype), out
-        )
-        return out, vjp(ct)
-
-    return run
-
-
 def on_cpu(function, *arrays):
     with jax.default_device(jax.devices("cpu")[0]):
         return jax.jit(function)(*arrays)
@@ -49,8 +38,8 @@ def on_gpu(function, *arrays):
 @pytest.mark.parametrize("case", cases.ALL, ids=str)
 def test_values_and_cotangents(case):
     arrays = case.inputs()
-    expected = on_cpu(value_and_cotangents(case.function(reference)), *arrays)
-    actual = on_gpu(value_and_cotangents(case.function(jaxwarp)), *arrays)
+    expected = on_cpu(cases.value_and_cotangents(case.function(reference)), *arrays)
+    actual = on_gpu(cases.value_and_cotangents(case.function(jaxwarp)), *arrays)
     tolerance = AVERAGED if case.options.get("reduce", "sum") != "sum" else EXACT
     cases.assert_close(actual, expected, tolerance)
 
@@ -72,9 +61,9 @@ def test_any_number_of_channels(channels, dtype):
     actual = on_gpu(warps(jaxwarp), image, flow)
     expected = on_cpu(warps(reference), image.astype(np.float32), flow)
     cases.assert_close(actual, expected, TOLERANCE[dtype])
-    _, (_, ct_flow) = on_gpu(value_and_cotangents(warps(jaxwarp)), image, flow)
+    _, (_, ct_flow) = on_gpu(cases.value_and_cotangents(warps(jaxwarp)), image, flow)
     _, (_, expected) = on_cpu(
-        value_and_cotangents(warps(reference)), image.astype(np.float64), flow
+        cases.value_and_cotangents(warps(reference)), image.astype(np.float64), flow
     )
     # The cotangents are rounded to the dtype of the image, and summed over channels and corners.
     cases.assert_close(ct_flow, expected, 4 * TOLERANCE[dtype])
@@ -93,9 +82,9 @@ def test_large_arrays_and_a_shared_image(reach):
 
         return run
 
-    actual = on_gpu(value_and_cotangents(warps(jaxwarp)), image, flow, w)
+    actual = on_gpu(cases.value_and_cotangents(warps(jaxwarp)), image, flow, w)
     # The CPU kernels are held against the reference in the other files; that one is slow here.
-    expected = on_cpu(value_and_cotangents(warps(jaxwarp)), image, flow, w)
+    expected = on_cpu(cases.value_and_cotangents(warps(jaxwarp)), image, flow, w)
     cases.assert_close(actual, expected, SINGLE)
 
 
@@ -230,7 +219,7 @@ def test_more_batches_than_blocks(in_axes):
                 module.forward_warp(image, flow),
             )
 
-        return value_and_cotangents(jax.vmap(run, in_axes))
+        return cases.value_and_cotangents(jax.vmap(run, in_axes))
 
     expected = on_cpu(warps(reference), *arrays)
     cases.assert_close(on_gpu(warps(jaxwarp), *arrays), expected, AVERAGED)
@@ -319,7 +308,7 @@ def test_deterministic(reduce):
             )
             return warped, moved
 
-        compiled = jax.jit(value_and_cotangents(run))
+        compiled = jax.jit(cases.value_and_cotangents(run))
         runs = [compiled(image, flow) for _ in range(20)]
         return {b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(r)) for r in runs}, runs
 

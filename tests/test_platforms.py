@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.export import DisabledSafetyCheck
+from processes import fresh_process
 
 import jaxwarp
 
@@ -31,12 +32,13 @@ WITHOUT_KERNELS = ("tpu", "rocm", "METAL")
 
 
 def value_and_cotangents(case):
-    def compute(*arrays):
-        out, pull = jax.vjp(case.function(jaxwarp), *arrays)
-        ct = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), out)
-        return out, pull(jax.tree.map(lambda x, of: x.astype(of.dtype), ct, out))
+    return jax.jit(cases.value_and_cotangents(case.function(jaxwarp)))
 
-    return jax.jit(compute)
+
+def for_tpu(program, *arrays):
+    """A program for a platform without kernels, which runs here all the same."""
+    checks = [DisabledSafetyCheck.platform()]
+    return jax.export.export(program, platforms=["tpu"], disabled_checks=checks)(*arrays)
 
 
 def targets(program, *arrays, platforms):
@@ -49,8 +51,7 @@ def targets(program, *arrays, platforms):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_program_without_kernels_gives_what_kernels_give(case, dtype):
     arrays, program = case.inputs(dtype=dtype), value_and_cotangents(case)
-    checks = [DisabledSafetyCheck.platform()]  # it runs here
-    exported = jax.export.export(program, platforms=["tpu"], disabled_checks=checks)(*arrays)
+    exported = for_tpu(program, *arrays)
     assert "custom_call" not in exported.mlir_module()
     cases.assert_close(exported.call(*arrays), program(*arrays), TOLERANCE[dtype])
 
@@ -93,9 +94,8 @@ def test_no_infinity_that_kernels_do_not_have(function, second):
         return jax.jvp(gradient, (values, flow), d) if second else gradient(values, flow)
 
     program = jax.jit(derivatives)
-    checks = [DisabledSafetyCheck.platform()]
-    exported = jax.export.export(program, platforms=["tpu"], disabled_checks=checks)(values, flow)
-    expected, found = program(values, flow), exported.call(values, flow)
+    found = for_tpu(program, values, flow).call(values, flow)
+    expected = program(values, flow)
     for e, f in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
         assert np.isfinite(e).all()
         np.testing.assert_allclose(f, e, rtol=0, atol=1e-4 * np.abs(e).max(initial=1))
@@ -151,8 +151,7 @@ def test_sizes_may_be_symbolic(op, boundary):
     program = value_and_cotangents(cases.Case(op, options={"boundary": boundary}))
     b, h, w = jax.export.symbolic_shape("b, h, w")
     described = [jax.ShapeDtypeStruct((b, h, w, n), np.float64) for n in (3, 2)]
-    checks = [DisabledSafetyCheck.platform()]
-    exported = jax.export.export(program, platforms=["tpu"], disabled_checks=checks)(*described)
+    exported = for_tpu(program, *described)
     rng = np.random.default_rng(0)
     arrays = rng.standard_normal((2, 5, 7, 3)), rng.uniform(-4, 4, (2, 5, 7, 2))
     cases.assert_close(exported.call(*arrays), program(*arrays), TOLERANCE["float64"])
@@ -170,14 +169,6 @@ def test_deterministic_sums_are_refused_on_a_gpu_without_kernels(monkeypatch, de
         assert targets(program, *arrays, platforms=("tpu",)) == set()  # always deterministic
     with pytest.raises(ValueError, match=r"'rocm'.*no kernels.*pass deterministic=False"):
         targets(gradients, *arrays, platforms=("rocm",))
-
-
-def fresh_process(code, **environment):
-    environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"} | environment
-    command = [sys.executable, "-P", "-W", "error::UserWarning:jax", "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 FOR_CUDA = """
