@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxwarp import _ops, _primitives
+from jaxwarp import _checks, _ops, _primitives
 
 METHODS = {"bilinear": "linear", "nearest": "nearest", "bicubic": "cubic"}
 PADDINGS = ("zeros", "border", "reflection")
@@ -70,22 +70,22 @@ def grid_sample(
 
     Source: `torch.nn.functional.grid_sample`, PyTorch 2.
     """
-    input, grid = _ops._values("input", input), _ops._values("grid", grid)
-    dims = _ops._dims("grid", grid.shape[-1] if grid.ndim else 0)
+    input, grid = _checks.values("input", input), _checks.values("grid", grid)
+    dims = _checks.dims("grid", grid.shape[-1] if grid.ndim else 0)
     core, layout = dims + 1, "D, H, W" if dims == 3 else "H, W"
-    _ops._rank("input", input, core, f"(*batch, C, {layout})", "[None]")
-    _ops._rank("grid", grid, core, f"(*batch, {layout}, {dims})")
-    _ops._choice("mode", mode, tuple(METHODS))
-    _ops._choice("padding_mode", padding_mode, PADDINGS)
-    align_corners = _ops._flag("align_corners", align_corners)
+    _checks.rank("input", input, core, f"(*batch, C, {layout})", "[None]")
+    _checks.rank("grid", grid, core, f"(*batch, {layout}, {dims})")
+    _checks.choice("mode", mode, tuple(METHODS))
+    _checks.choice("padding_mode", padding_mode, PADDINGS)
+    align_corners = _checks.flag("align_corners", align_corners)
     batches = {"input": input.shape[:-core], "grid": grid.shape[:-core]}
-    rank = len(_ops._broadcast(batches))
+    rank = len(_checks.broadcast(batches))
     spatial, extent = input.shape[-dims:], grid.shape[-core:-1]
 
     reflect = "mirror" if align_corners else "reflect"
     boundary = {"zeros": "constant", "border": "nearest", "reflection": reflect}[padding_mode]
-    _ops._spatial("input", spatial, boundary)
-    sampling = _ops._sampling(METHODS[mode], boundary, 0.0, (0,) * dims, False, None)
+    _checks.spatial("input", spatial, boundary)
+    sampling = _checks.sampling(METHODS[mode], boundary, 0.0, (0,) * dims, False, None)
     sampling = sampling._replace(channels_first=True)
     if mode == "bicubic":
         sampling = sampling._replace(cubic_a=CUBIC_A)
@@ -98,7 +98,7 @@ def grid_sample(
         _ops._lead(input, core, rank),
         _ops._lead(points, 2, rank),
         sampling,
-        forward_mode=_ops._flag("forward_mode", forward_mode),
+        forward_mode=_checks.flag("forward_mode", forward_mode),
     )
     return out.reshape(*out.shape[:-1], *extent)
 
@@ -133,7 +133,7 @@ def to_pixels(
     Source: `torch.nn.functional.grid_sample`, PyTorch 2.
     """
     grid, n = _normalised("grid", grid, shape)
-    if not _ops._flag("align_corners", align_corners):
+    if not _checks.flag("align_corners", align_corners):
         return ((grid + 1) * n - 1) / 2
     points = (grid + 1) / 2 * (n - 1)
     return jnp.where((n == 1) & jnp.isinf(grid), grid, points)  # inf * 0
@@ -166,19 +166,19 @@ def to_normalized(
     Source: `torch.nn.functional.grid_sample`, PyTorch 2.
     """
     points, n = _normalised("points", points, shape)
-    if not _ops._flag("align_corners", align_corners):
+    if not _checks.flag("align_corners", align_corners):
         return (2 * points + 1) / np.maximum(n, 1) - 1
     return jnp.where(n <= 1, 0, 2 * points / np.maximum(n - 1, 1) - 1)
 
 
 def _normalised(name: str, x: ArrayLike, shape: Sequence[int]) -> tuple[Array, np.ndarray]:
     """The coordinates, at least float32, and the sizes along (x, y[, z]) in their dtype."""
-    coordinates, sizes = _ops._values(name, x), _ops._shape(shape)
+    coordinates, sizes = _checks.values(name, x), _checks.shape(shape)
     if coordinates.ndim == 0 or coordinates.shape[-1] != len(sizes):
         got = coordinates.shape[-1] if coordinates.ndim else "a scalar"
         raise ValueError(
             f"{name}: expected a last axis of {len(sizes)} for shape {sizes}, got {got}; "
-            f"pass {_ops.AXES[len(sizes)][0]}"
+            f"pass {_checks.AXES[len(sizes)][0]}"
         )
     dtype = _primitives.accumulator(coordinates.dtype)
     return coordinates.astype(dtype), np.array(sizes[::-1], dtype)

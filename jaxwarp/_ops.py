@@ -1,167 +1,19 @@
-"""Public functions: what they mean, and the checks that people meet."""
+"""Public functions: what they mean."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Annotated as Float  # what jaxtyping's is to type checkers
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxwarp import _ffi, _primitives
-from jaxwarp._primitives import Reduction, Sampling
-
-METHODS = ("nearest", "linear", "cubic")
-BOUNDARIES = ("constant", "nearest", "mirror", "reflect", "wrap")
-REDUCTIONS = ("sum", "average", "softmax")
-VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
-POINT_DTYPES = ("float32", "float64")
-AXES = {2: ("(x, y)", "(H, W)"), 3: ("(x, y, z)", "(D, H, W)")}
-
-Method = Literal["nearest", "linear", "cubic"]
-Boundary = Literal["constant", "nearest", "mirror", "reflect", "wrap"]
-Reduce = Literal["sum", "average", "softmax"]
-
-# ---------------------------------------------------------------------------- checks
-# Every message states what was expected, what was received, and the remedy.
-
-
-def _array(name: str, x: ArrayLike, dtypes: Sequence[str], remedy: str) -> Array:
-    array = jnp.asarray(x)
-    if array.dtype.name not in dtypes:
-        raise TypeError(f"{name}: expected one of {', '.join(dtypes)}, got {array.dtype}; {remedy}")
-    return array
-
-
-def _values(name: str, x: ArrayLike) -> Array:
-    return _array(name, x, VALUE_DTYPES, f"convert it, for example {name}.astype(jnp.float32)")
-
-
-def _points(x: ArrayLike) -> Array:
-    return _array(
-        "points", x, POINT_DTYPES, "positions need at least float32: points.astype(jnp.float32)"
-    )
-
-
-def _choice(
-    name: str, value: Any, options: Sequence[str], remedy: str = "pass one of these"
-) -> None:
-    if not isinstance(value, str) or value not in options:
-        known = ", ".join(map(repr, options))
-        raise ValueError(f"{name}: expected one of {known}, got {value!r}; {remedy}")
-
-
-def _number(name: str, value: Any) -> float:
-    # One object for every NaN, so that equal options hash alike and compiled code is found again.
-    if isinstance(value, int | float | np.integer | np.floating):
-        if isinstance(value, int) and abs(value) > sys.float_info.max:
-            raise ValueError(
-                f"{name}: expected a number that a float holds, got an int above "
-                f"{sys.float_info.max:.2g}; pass float('inf')"
-            )
-        return math.nan if math.isnan(value) else float(value) + 0.0  # -0.0 equals 0.0 too
-    raise TypeError(
-        f"{name}: expected a Python float, got {type(value).__name__}; it is part of the compiled "
-        "program and cannot be traced or differentiated"
-    )
-
-
-def _flag(name: str, value: Any) -> bool:
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    raise TypeError(f"{name}: expected True or False, got {value!r}; pass a Python bool")
-
-
-def _deterministic(value: Any) -> bool:
-    if value is None:
-        return _ffi.flag("JAXWARP_DETERMINISTIC", False)
-    return _flag("deterministic", value)
-
-
-def _integers(given: Any) -> tuple[int, ...] | None:
-    """None: not a sequence of them."""
-    listed = isinstance(given, Sequence) or (isinstance(given, np.ndarray) and given.ndim > 0)
-    numbers = tuple(given) if listed else (given,)
-    whole = (isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers)
-    return tuple(map(int, numbers)) if all(whole) else None
-
-
-def _orders(derivative: Sequence[int] | None, dims: int) -> tuple[int, ...]:
-    if derivative is None:
-        return (0,) * dims
-    orders = _integers(derivative)
-    if orders is None or len(orders) != dims or min(orders) < 0:
-        raise ValueError(
-            f"derivative: expected {dims} orders >= 0 along {AXES[dims][0]}, got {derivative!r}; "
-            f"pass for example {(1,) + (0,) * (dims - 1)}"
-        )
-    return tuple(min(k, 4) for k in orders)  # from order 4 on every weight is 0
-
-
-def _dims(name: str, size: int) -> int:
-    if size not in AXES:
-        raise ValueError(
-            f"{name}: expected a last axis of 2 (x, y) or 3 (x, y, z), got {size}; put the "
-            "coordinates of a position last, and pass a 1-D signal as one row, with y = 0"
-        )
-    return size
-
-
-def _rank(name: str, array: Array, least: int, layout: str, channels: str = "") -> None:
-    """`channels`: how one adds those, for arrays that have some."""
-    if array.ndim < least:
-        example = f", for example the channels with {channels}" if channels else ""
-        raise ValueError(
-            f"{name}: expected at least {least} axes, {layout}, got shape {array.shape}; "
-            f"add the missing axes{example}"
-        )
-
-
-def _spatial(name: str, shape: tuple[int, ...], boundary: str) -> None:
-    if boundary != "constant" and 0 in shape:
-        raise ValueError(
-            f"{name}: expected no empty axis with boundary {boundary!r}, got spatial shape "
-            f"{shape}; "
-            "only boundary 'constant' has a value for an empty image"
-        )
-
-
-def _broadcast(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    try:
-        return jnp.broadcast_shapes(*shapes.values())
-    except ValueError:
-        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(
-            f"{', '.join(shapes)}: expected batch axes that broadcast, got {got}; "
-            "each must be equal, 1 or absent"
-        ) from None
-
-
-def _lead(x: Array, core: int, rank: int) -> Array:
-    """With leading axes of size 1, so that `rank` batch axes stand before the last `core`."""
-    return x.reshape((1,) * (rank + core - x.ndim) + x.shape)
-
-
-def _sampling(
-    method: str,
-    boundary: str,
-    fill_value: Any,
-    derivative: tuple[int, ...],
-    displacement: bool,
-    deterministic: bool | None,
-) -> Sampling:
-    _choice("method", method, METHODS)
-    _choice("boundary", boundary, BOUNDARIES)
-    fill = _number("fill_value", fill_value)
-    return Sampling(method, boundary, fill, derivative, displacement, _deterministic(deterministic))
-
-
-# ---------------------------------------------------------------------------- operations
+from jaxwarp import _checks, _primitives
+from jaxwarp._checks import AXES, Boundary, Method, Reduce
+from jaxwarp._primitives import Reduction
 
 
 def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape dims"]:
@@ -184,45 +36,14 @@ def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Ar
       >>> jaxwarp.pixel_grid((2, 3))[1, 2]
       Array([2., 1.], dtype=float32)
     """
-    sizes = _shape(shape)
-    if dtype is None or jnp.dtype(dtype).name not in POINT_DTYPES:
+    sizes = _checks.shape(shape)
+    if dtype is None or jnp.dtype(dtype).name not in _checks.POINT_DTYPES:
         raise TypeError(
-            f"dtype: expected one of {', '.join(POINT_DTYPES)}, got {dtype}; "
+            f"dtype: expected one of {', '.join(_checks.POINT_DTYPES)}, got {dtype}; "
             "positions need at least float32"
         )
     axes = jnp.meshgrid(*(jnp.arange(n, dtype=dtype) for n in sizes), indexing="ij")
     return jnp.stack(axes[::-1], axis=-1)
-
-
-def _shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = _integers(shape)
-    if sizes is None or len(sizes) not in AXES or min(sizes) < 0:
-        raise ValueError(
-            f"shape: expected spatial sizes (H, W) or (D, H, W), got {shape!r}; "
-            "leave out batch axes and channels"
-        )
-    return sizes
-
-
-def _sources(
-    values: ArrayLike, points: ArrayLike, shape: Sequence[int]
-) -> tuple[Array, Array, tuple[int, ...]]:
-    """Values (N, C) and points (N, dims) of an image of spatial `shape`, of any leading axes."""
-    values, points, sizes = _values("values", values), _points(points), _shape(shape)
-    dims = len(sizes)
-    if points.ndim == 0 or points.shape[-1] != dims:
-        got = points.shape[-1] if points.ndim else "a scalar"
-        raise ValueError(
-            f"points: expected a last axis of {dims} for shape {sizes}, got {got}; "
-            f"pass {AXES[dims][0]}"
-        )
-    if values.ndim == 0 or values.shape[:-1] != points.shape[:-1]:
-        raise ValueError(
-            f"values: expected shape {points.shape[:-1]} + (C,) for points of shape "
-            f"{points.shape}, got {values.shape}; pass one value of C channels per point"
-        )
-    count = math.prod(points.shape[:-1])
-    return values.reshape(count, values.shape[-1]), points.reshape(count, dims), sizes
 
 
 def gather(
@@ -287,7 +108,7 @@ def gather(
     (2021); the gradient is (2). Cubic: Keys, "Cubic convolution interpolation for digital image
     processing" (1981).
     """
-    image, points = _values("image", image), _points(points)
+    image, points = _checks.values("image", image), _checks.points(points)
     if image.ndim - 1 not in AXES:
         raise ValueError(
             f"image: expected shape (H, W, C) or (D, H, W, C), got {image.shape}; "
@@ -301,13 +122,13 @@ def gather(
             f"points: expected a last axis of {dims} for a {dims}-D image, got {got}; "
             f"pass {AXES[dims][0]}"
         )
-    sampling = _sampling(
-        method, boundary, fill_value, _orders(derivative, dims), False, deterministic
+    sampling = _checks.sampling(
+        method, boundary, fill_value, _checks.orders(derivative, dims), False, deterministic
     )
-    _spatial("image", image.shape[:-1], boundary)
+    _checks.spatial("image", image.shape[:-1], boundary)
     flat = points.reshape(math.prod(points.shape[:-1]), dims)
     out = _primitives.gather(
-        image, flat, sampling, forward_mode=_flag("forward_mode", forward_mode)
+        image, flat, sampling, forward_mode=_checks.flag("forward_mode", forward_mode)
     )
     return out.reshape(*points.shape[:-1], image.shape[-1])
 
@@ -353,17 +174,17 @@ def splat(
     Source: the numerator of equation (5) of Zhiwei Xu, "Notes: CUDA Implementation of
     Differentiable Image Warping" (2021).
     """
-    values, points, sizes = _sources(values, points, shape)
-    orders = _orders(derivative, len(sizes))
-    sampling = _sampling(method, boundary, 0.0, orders, False, deterministic)
-    _spatial("shape", sizes, boundary)
+    values, points, sizes = _checks.sources(values, points, shape)
+    orders = _checks.orders(derivative, len(sizes))
+    sampling = _checks.sampling(method, boundary, 0.0, orders, False, deterministic)
+    _checks.spatial("shape", sizes, boundary)
     return _primitives.splat(
         values,
         points,
         None,
         sizes,
         sampling,
-        forward_mode=_flag("forward_mode", forward_mode),
+        forward_mode=_checks.flag("forward_mode", forward_mode),
     )["image"]
 
 
@@ -406,19 +227,19 @@ def backward_warp(
     Source: equation (1) of Zhiwei Xu, "Notes: CUDA Implementation of Differentiable Image Warping"
     (2021), with p = q + flow[q]; the gradient is (2).
     """
-    image, flow = _values("image", image), _values("flow", flow)
-    dims = _dims("flow", flow.shape[-1] if flow.ndim else 0)
-    _rank("flow", flow, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, {dims})")
-    _rank("image", image, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, C)", "[..., None]")
-    sampling = _sampling(method, boundary, fill_value, (0,) * dims, True, deterministic)
-    _spatial("image", image.shape[-1 - dims : -1], boundary)
+    image, flow = _checks.values("image", image), _checks.values("flow", flow)
+    dims = _checks.dims("flow", flow.shape[-1] if flow.ndim else 0)
+    _checks.rank("flow", flow, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, {dims})")
+    _checks.rank("image", image, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, C)", "[..., None]")
+    sampling = _checks.sampling(method, boundary, fill_value, (0,) * dims, True, deterministic)
+    _checks.spatial("image", image.shape[-1 - dims : -1], boundary)
     core = dims + 1
-    batch = _broadcast({"image": image.shape[:-core], "flow": flow.shape[:-core]})
+    batch = _checks.broadcast({"image": image.shape[:-core], "flow": flow.shape[:-core]})
     return _primitives.gather(
         _lead(image, core, len(batch)),
         _lead(flow, core, len(batch)),
         sampling,
-        forward_mode=_flag("forward_mode", forward_mode),
+        forward_mode=_checks.flag("forward_mode", forward_mode),
     )
 
 
@@ -518,11 +339,11 @@ def forward_warp(
     (2021); the gradient is (6). Softmax: Niklaus and Liu, "Softmax splatting for video frame
     interpolation" (2020).
     """
-    values, flow = _values("values", values), _values("flow", flow)
-    dims = _dims("flow", flow.shape[-1] if flow.ndim else 0)
+    values, flow = _checks.values("values", values), _checks.values("flow", flow)
+    dims = _checks.dims("flow", flow.shape[-1] if flow.ndim else 0)
     core, layout = dims + 1, AXES[dims][1][1:-1]
-    _rank("flow", flow, core, f"(*batch, {layout}, {dims})")
-    _rank("values", values, core, f"(*batch, {layout}, C)", "[..., None]")
+    _checks.rank("flow", flow, core, f"(*batch, {layout}, {dims})")
+    _checks.rank("values", values, core, f"(*batch, {layout}, C)", "[..., None]")
     spatial = flow.shape[-core:-1]
     if values.shape[-core:-1] != spatial:
         raise ValueError(
@@ -531,7 +352,7 @@ def forward_warp(
         )
     batches = {"values": values.shape[:-core], "flow": flow.shape[:-core]}
     if importance is not None:
-        importance = _values("importance", importance)
+        importance = _checks.values("importance", importance)
         if importance.ndim < dims or importance.shape[importance.ndim - dims :] != spatial:
             raise ValueError(
                 f"importance: expected shape (*batch, {layout}) with the flow's spatial shape "
@@ -539,11 +360,11 @@ def forward_warp(
             )
         importance = importance.astype(_primitives.accumulator(values.dtype))
         batches["importance"] = importance.shape[: importance.ndim - dims]
-    batch = _broadcast(batches)
+    batch = _checks.broadcast(batches)
 
-    _choice("reduce", reduce, REDUCTIONS)
-    sampling = _sampling(method, boundary, fill_value, (0,) * dims, True, deterministic)
-    least = _number("min_coverage", min_coverage)
+    _checks.choice("reduce", reduce, _checks.REDUCTIONS)
+    sampling = _checks.sampling(method, boundary, fill_value, (0,) * dims, True, deterministic)
+    least = _checks.number("min_coverage", min_coverage)
     if reduce == "sum" and (least != 0 or sampling.fill_value != 0):
         raise ValueError(
             "fill_value, min_coverage: expected the defaults with reduce='sum', got "
@@ -561,7 +382,7 @@ def forward_warp(
         )
     if not least >= 0:
         raise ValueError(f"min_coverage: expected a number >= 0, got {min_coverage!r}; 0 keeps all")
-    _spatial("values", spatial, boundary)
+    _checks.spatial("values", spatial, boundary)
 
     results = _primitives.splat(
         _lead(values, core, len(batch)),
@@ -569,7 +390,12 @@ def forward_warp(
         None if importance is None else _lead(importance, dims, len(batch)),
         (*batch, *spatial),
         sampling,
-        Reduction(reduce, least, _flag("return_coverage", return_coverage)),
-        forward_mode=_flag("forward_mode", forward_mode),
+        Reduction(reduce, least, _checks.flag("return_coverage", return_coverage)),
+        forward_mode=_checks.flag("forward_mode", forward_mode),
     )
     return (results["image"], results["coverage"]) if return_coverage else results["image"]
+
+
+def _lead(x: Array, core: int, rank: int) -> Array:
+    """With leading axes of size 1, so that `rank` batch axes stand before the last `core`."""
+    return x.reshape((1,) * (rank + core - x.ndim) + x.shape)

@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.scipy.sparse.linalg import cg
 from jax.typing import ArrayLike
 
-from jaxwarp import _ops, _primitives
+from jaxwarp import _checks, _primitives
 from jaxwarp._primitives import Reduction, Sampling
 
 AVERAGE = Reduction("average", 0.0, False)
@@ -27,7 +27,7 @@ def reconstruct(
     points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
-    boundary: _ops.Boundary = "constant",
+    boundary: _checks.Boundary = "constant",
     damping: float = 0.0,
     tol: float = 1e-5,
     max_steps: int = 100,
@@ -83,16 +83,16 @@ def reconstruct(
     and Pereyra, "The differentiation of pseudo-inverses and nonlinear least squares problems whose
     variables separate" (1973).
     """
-    values, points, sizes = _ops._sources(values, points, shape)
-    sampling = _ops._sampling("linear", boundary, 0.0, (0,) * len(sizes), False, None)
-    _ops._spatial("shape", sizes, boundary)
+    values, points, sizes = _checks.sources(values, points, shape)
+    sampling = _checks.sampling("linear", boundary, 0.0, (0,) * len(sizes), False, None)
+    _checks.spatial("shape", sizes, boundary)
     problem = _Problem(sizes, sampling, *_limits(damping, tol, max_steps))
     exact = values.astype(_primitives.accumulator(values.dtype))
     return _least_squares(problem, exact, points).astype(values.dtype)
 
 
 def _limits(damping: Any, tol: Any, max_steps: Any) -> tuple[float, float, int]:
-    weight, least = _ops._number("damping", damping), _ops._number("tol", tol)
+    weight, least = _checks.number("damping", damping), _checks.number("tol", tol)
     if not 0 <= weight < np.inf:
         raise ValueError(
             f"damping: expected a finite number >= 0, got {damping!r}; 0 fits the values alone"

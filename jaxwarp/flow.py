@@ -34,7 +34,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxwarp._ops import _broadcast, _number, _values, backward_warp, forward_warp
+from jaxwarp import _checks
+from jaxwarp._ops import backward_warp, forward_warp
 
 __all__ = ["compose", "consistency", "invert", "to_rgb"]
 
@@ -230,7 +231,7 @@ def to_rgb(
     """
     flow = _flow("flow", flow, dims=(2,))
     if max_length is not None:
-        max_length = _number("max_length", max_length)
+        max_length = _checks.number("max_length", max_length)
         if not 0 < max_length < math.inf:
             raise ValueError(
                 f"max_length: expected a finite number > 0, got {max_length!r}; "
@@ -255,7 +256,7 @@ def to_rgb(
 
 
 def _flow(name: str, x: ArrayLike, dims: tuple[int, ...] = (2, 3)) -> Array:
-    flow = _values(name, x)
+    flow = _checks.values(name, x)
     size = flow.shape[-1] if flow.ndim else 0
     if size not in dims or flow.ndim <= size:
         layouts = {2: "(*batch, H, W, 2)", 3: "(*batch, D, H, W, 3)"}
@@ -280,7 +281,7 @@ def _compose(
             f"{second.shape[-1]}; both flows must be 2-D or both 3-D"
         )
     core = dims + 1
-    batch = _broadcast({first_name: first.shape[:-core], second_name: second.shape[:-core]})
+    batch = _checks.broadcast({first_name: first.shape[:-core], second_name: second.shape[:-core]})
     dtype = jnp.promote_types(jnp.promote_types(first.dtype, second.dtype), jnp.float32)
     first, second = first.astype(dtype), second.astype(dtype)
     if 0 in first.shape[-core:]:

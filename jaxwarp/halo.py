@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxwarp import _ops
+from jaxwarp import _checks, _ops
 
 __all__ = ["backward_warp"]
 
@@ -32,8 +32,8 @@ def backward_warp(
     *,
     axis_name: str,
     max_displacement: float,
-    method: _ops.Method = "linear",
-    boundary: _ops.Boundary = "constant",
+    method: _checks.Method = "linear",
+    boundary: _checks.Boundary = "constant",
     fill_value: float = 0.0,
     forward_mode: bool = False,
     deterministic: bool | None = None,
@@ -74,14 +74,14 @@ def backward_warp(
     Source: equation (1) of Zhiwei Xu, "Notes: CUDA Implementation of Differentiable Image Warping"
     (2021), as in `jaxwarp.backward_warp`.
     """
-    image, flow = _ops._values("image", image), _ops._values("flow", flow)
-    dims = _ops._dims("flow", flow.shape[-1] if flow.ndim else 0)
-    layout = _ops.AXES[dims][1][1:-1]
-    _ops._rank("flow", flow, dims + 1, f"(*batch, {layout}, {dims})")
-    _ops._rank("image", image, dims + 1, f"(*batch, {layout}, C)", "[..., None]")
-    _ops._choice("boundary", boundary, _ops.BOUNDARIES)
+    image, flow = _checks.values("image", image), _checks.values("flow", flow)
+    dims = _checks.dims("flow", flow.shape[-1] if flow.ndim else 0)
+    layout = _checks.AXES[dims][1][1:-1]
+    _checks.rank("flow", flow, dims + 1, f"(*batch, {layout}, {dims})")
+    _checks.rank("image", image, dims + 1, f"(*batch, {layout}, C)", "[..., None]")
+    _checks.choice("boundary", boundary, _checks.BOUNDARIES)
     axis = -dims - 1  # of the rows
-    rows, limit = image.shape[axis], _ops._number("max_displacement", max_displacement)
+    rows, limit = image.shape[axis], _checks.number("max_displacement", max_displacement)
     if flow.shape[axis] != rows:
         raise ValueError(
             f"flow: expected the image's {rows} rows on this device, got {flow.shape[axis]}; shard "

@@ -1,0 +1,185 @@
+"""Checks of what people pass. Every message states what was expected, what was received, and the
+remedy."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxwarp import _ffi
+from jaxwarp._primitives import Sampling
+
+METHODS = ("nearest", "linear", "cubic")
+BOUNDARIES = ("constant", "nearest", "mirror", "reflect", "wrap")
+REDUCTIONS = ("sum", "average", "softmax")
+VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+POINT_DTYPES = ("float32", "float64")
+AXES = {2: ("(x, y)", "(H, W)"), 3: ("(x, y, z)", "(D, H, W)")}
+
+Method = Literal["nearest", "linear", "cubic"]
+Boundary = Literal["constant", "nearest", "mirror", "reflect", "wrap"]
+Reduce = Literal["sum", "average", "softmax"]
+
+
+def array(name: str, given: ArrayLike, dtypes: Sequence[str], remedy: str) -> Array:
+    x = jnp.asarray(given)
+    if x.dtype.name not in dtypes:
+        raise TypeError(f"{name}: expected one of {', '.join(dtypes)}, got {x.dtype}; {remedy}")
+    return x
+
+
+def values(name: str, x: ArrayLike) -> Array:
+    return array(name, x, VALUE_DTYPES, f"convert it, for example {name}.astype(jnp.float32)")
+
+
+def points(x: ArrayLike) -> Array:
+    return array(
+        "points", x, POINT_DTYPES, "positions need at least float32: points.astype(jnp.float32)"
+    )
+
+
+def choice(
+    name: str, value: Any, options: Sequence[str], remedy: str = "pass one of these"
+) -> None:
+    if not isinstance(value, str) or value not in options:
+        known = ", ".join(map(repr, options))
+        raise ValueError(f"{name}: expected one of {known}, got {value!r}; {remedy}")
+
+
+def number(name: str, value: Any) -> float:
+    # One object for every NaN, so that equal options hash alike and compiled code is found again.
+    if isinstance(value, int | float | np.integer | np.floating):
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise ValueError(
+                f"{name}: expected a number that a float holds, got an int above "
+                f"{sys.float_info.max:.2g}; pass float('inf')"
+            )
+        return math.nan if math.isnan(value) else float(value) + 0.0  # -0.0 equals 0.0 too
+    raise TypeError(
+        f"{name}: expected a Python float, got {type(value).__name__}; it is part of the compiled "
+        "program and cannot be traced or differentiated"
+    )
+
+
+def flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"{name}: expected True or False, got {value!r}; pass a Python bool")
+
+
+def deterministic(value: Any) -> bool:
+    if value is None:
+        return _ffi.flag("JAXWARP_DETERMINISTIC", False)
+    return flag("deterministic", value)
+
+
+def integers(given: Any) -> tuple[int, ...] | None:
+    """None: not a sequence of them."""
+    listed = isinstance(given, Sequence) or (isinstance(given, np.ndarray) and given.ndim > 0)
+    numbers = tuple(given) if listed else (given,)
+    whole = (isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers)
+    return tuple(map(int, numbers)) if all(whole) else None
+
+
+def orders(derivative: Sequence[int] | None, dims: int) -> tuple[int, ...]:
+    if derivative is None:
+        return (0,) * dims
+    orders = integers(derivative)
+    if orders is None or len(orders) != dims or min(orders) < 0:
+        raise ValueError(
+            f"derivative: expected {dims} orders >= 0 along {AXES[dims][0]}, got {derivative!r}; "
+            f"pass for example {(1,) + (0,) * (dims - 1)}"
+        )
+    return tuple(min(k, 4) for k in orders)  # from order 4 on every weight is 0
+
+
+def dims(name: str, size: int) -> int:
+    if size not in AXES:
+        raise ValueError(
+            f"{name}: expected a last axis of 2 (x, y) or 3 (x, y, z), got {size}; put the "
+            "coordinates of a position last, and pass a 1-D signal as one row, with y = 0"
+        )
+    return size
+
+
+def rank(name: str, array: Array, least: int, layout: str, channels: str = "") -> None:
+    """`channels`: how one adds those, for arrays that have some."""
+    if array.ndim < least:
+        example = f", for example the channels with {channels}" if channels else ""
+        raise ValueError(
+            f"{name}: expected at least {least} axes, {layout}, got shape {array.shape}; "
+            f"add the missing axes{example}"
+        )
+
+
+def spatial(name: str, shape: tuple[int, ...], boundary: str) -> None:
+    if boundary != "constant" and 0 in shape:
+        raise ValueError(
+            f"{name}: expected no empty axis with boundary {boundary!r}, got spatial shape "
+            f"{shape}; "
+            "only boundary 'constant' has a value for an empty image"
+        )
+
+
+def broadcast(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    try:
+        return jnp.broadcast_shapes(*shapes.values())
+    except ValueError:
+        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"{', '.join(shapes)}: expected batch axes that broadcast, got {got}; "
+            "each must be equal, 1 or absent"
+        ) from None
+
+
+def sampling(
+    method: str,
+    boundary: str,
+    fill_value: Any,
+    derivative: tuple[int, ...],
+    displacement: bool,
+    deterministic: bool | None,
+) -> Sampling:
+    choice("method", method, METHODS)
+    choice("boundary", boundary, BOUNDARIES)
+    fill = number("fill_value", fill_value)
+    return Sampling(method, boundary, fill, derivative, displacement, deterministic(deterministic))
+
+
+def shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = integers(shape)
+    if sizes is None or len(sizes) not in AXES or min(sizes) < 0:
+        raise ValueError(
+            f"shape: expected spatial sizes (H, W) or (D, H, W), got {shape!r}; "
+            "leave out batch axes and channels"
+        )
+    return sizes
+
+
+def sources(
+    given: ArrayLike, at: ArrayLike, extent: Sequence[int]
+) -> tuple[Array, Array, tuple[int, ...]]:
+    """Values (N, C) and points (N, dims) of an image of spatial shape `extent`, of any leading
+    axes."""
+    f, p, sizes = values("values", given), points(at), shape(extent)
+    dims = len(sizes)
+    if p.ndim == 0 or p.shape[-1] != dims:
+        got = p.shape[-1] if p.ndim else "a scalar"
+        raise ValueError(
+            f"points: expected a last axis of {dims} for shape {sizes}, got {got}; "
+            f"pass {AXES[dims][0]}"
+        )
+    if f.ndim == 0 or f.shape[:-1] != p.shape[:-1]:
+        raise ValueError(
+            f"values: expected shape {p.shape[:-1]} + (C,) for points of shape "
+            f"{p.shape}, got {f.shape}; pass one value of C channels per point"
+        )
+    count = math.prod(p.shape[:-1])
+    return f.reshape(count, f.shape[-1]), p.reshape(count, dims), sizes
