@@ -53,6 +53,21 @@ def choice(
         raise ValueError(f"{name}: expected one of {known}, got {value!r}; {remedy}")
 
 
+def boundaries(given: Any, dims: int) -> tuple[str, ...]:
+    """That of each axis, along x, y[, z]."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        choice("boundary", given, BOUNDARIES)
+        return (given,) * dims
+    if len(given) != dims:
+        raise ValueError(
+            f"boundary: expected one for all axes or {dims} along {AXES[dims][0]}, got {given!r}; "
+            f"pass for example {('wrap', *['nearest'] * (dims - 1))}"
+        )
+    for along in given:
+        choice("boundary", along, BOUNDARIES)
+    return tuple(given)
+
+
 def number(name: str, value: Any) -> float:
     # One object for every NaN, so that equal options hash alike and compiled code is found again.
     if isinstance(value, int | float | np.integer | np.floating):
@@ -74,7 +89,7 @@ def flag(name: str, value: Any) -> bool:
     raise TypeError(f"{name}: expected True or False, got {value!r}; pass a Python bool")
 
 
-def deterministic(value: Any) -> bool:
+def determinism(value: Any) -> bool:
     if value is None:
         return _ffi.flag("JAXWARP_DETERMINISTIC", False)
     return flag("deterministic", value)
@@ -119,13 +134,13 @@ def rank(name: str, array: Array, least: int, layout: str, channels: str = "") -
         )
 
 
-def spatial(name: str, shape: tuple[int, ...], boundary: str) -> None:
-    if boundary != "constant" and 0 in shape:
-        raise ValueError(
-            f"{name}: expected no empty axis with boundary {boundary!r}, got spatial shape "
-            f"{shape}; "
-            "only boundary 'constant' has a value for an empty image"
-        )
+def spatial(name: str, shape: tuple[int, ...], boundary: tuple[str, ...]) -> None:
+    for size, along in zip(shape, reversed(boundary), strict=True):
+        if size == 0 and along != "constant":
+            raise ValueError(
+                f"{name}: expected no empty axis with boundary {along!r}, got spatial shape "
+                f"{shape}; only boundary 'constant' has a value for an empty axis"
+            )
 
 
 def broadcast(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -141,16 +156,16 @@ def broadcast(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 def sampling(
     method: str,
-    boundary: str,
+    boundary: Any,
     fill_value: Any,
     derivative: tuple[int, ...],
     displacement: bool,
     deterministic: bool | None,
 ) -> Sampling:
     choice("method", method, METHODS)
-    choice("boundary", boundary, BOUNDARIES)
     fill = number("fill_value", fill_value)
-    return Sampling(method, boundary, fill, derivative, displacement, deterministic(deterministic))
+    along = boundaries(boundary, len(derivative))
+    return Sampling(method, along, fill, derivative, displacement, determinism(deterministic))
 
 
 def shape(shape: Sequence[int]) -> tuple[int, ...]:

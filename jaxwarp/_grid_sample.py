@@ -84,8 +84,8 @@ def grid_sample(
 
     reflect = "mirror" if align_corners else "reflect"
     boundary = {"zeros": "constant", "border": "nearest", "reflection": reflect}[padding_mode]
-    _checks.spatial("input", spatial, boundary)
     sampling = _checks.sampling(METHODS[mode], boundary, 0.0, (0,) * dims, False, None)
+    _checks.spatial("input", spatial, sampling.boundary)
     sampling = sampling._replace(channels_first=True)
     if mode == "bicubic":
         sampling = sampling._replace(cubic_a=CUBIC_A)

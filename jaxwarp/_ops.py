@@ -51,7 +51,7 @@ def gather(
     points: Float[ArrayLike, "*S dims"],
     *,
     method: Method = "linear",
-    boundary: Boundary = "constant",
+    boundary: Boundary | Sequence[Boundary] = "constant",
     fill_value: float = 0.0,
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
@@ -69,7 +69,8 @@ def gather(
         away from zero), ``"linear"`` or ``"cubic"`` (Keys, a = -0.5).
       boundary: what lies outside, corner by corner, as in `jax.scipy.ndimage.map_coordinates`:
         ``"constant"`` (`fill_value`), ``"nearest"`` (the pixel at the edge), ``"mirror"`` (turned
-        at the centre of that pixel), ``"reflect"`` (at its outer edge) or ``"wrap"`` (periodic).
+        at the centre of that pixel), ``"reflect"`` (at its outer edge) or ``"wrap"`` (periodic). Or
+        one for each axis, along ``(x, y[, z])``: ``("wrap", "nearest")`` for a panorama.
       fill_value: the value of every corner outside, under ``"constant"``, with the weight of that
         corner: it enters the gradient in `points`. A Python float, part of the compiled program.
       derivative: orders along ``(x, y[, z])``, for example ``(1, 0)`` for the sampled derivative of
@@ -85,16 +86,17 @@ def gather(
     Returns:
       ``(*S, C)`` in the image's dtype, summed in float32 (float64 for float64).
 
-      A position with a NaN gives NaN. An infinite one gives `fill_value` under ``"constant"`` (0 if
-      differentiated) and NaN under other boundaries; neither adds to the gradient of the image. A
+      A position with a NaN gives NaN. An infinite coordinate gives `fill_value` under
+      ``"constant"`` (0 if differentiated) and NaN under another boundary of its axis; neither adds
+      to the gradient of the image. A
       huge finite one is an ordinary position outside. A non-finite pixel reaches only the samples
       that touch it with a weight other than 0. At an integer coordinate the derivative in `points`
       is the right-hand one. Each cotangent has the dtype of its primal.
 
     Raises:
       TypeError: an array of another dtype; half-precision `points`; an option of another type.
-      ValueError: a rank, last axis or option that is not as above; an image with an empty axis
-        under a boundary other than ``"constant"``.
+      ValueError: a rank, last axis or option that is not as above; an empty axis of the image
+        with a boundary other than ``"constant"``.
 
     Example:
       >>> import jax.numpy as jnp, jaxwarp
@@ -125,7 +127,7 @@ def gather(
     sampling = _checks.sampling(
         method, boundary, fill_value, _checks.orders(derivative, dims), False, deterministic
     )
-    _checks.spatial("image", image.shape[:-1], boundary)
+    _checks.spatial("image", image.shape[:-1], sampling.boundary)
     flat = points.reshape(math.prod(points.shape[:-1]), dims)
     out = _primitives.gather(
         image, flat, sampling, forward_mode=_checks.flag("forward_mode", forward_mode)
@@ -139,7 +141,7 @@ def splat(
     shape: Sequence[int],
     *,
     method: Method = "linear",
-    boundary: Boundary = "constant",
+    boundary: Boundary | Sequence[Boundary] = "constant",
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
@@ -164,7 +166,7 @@ def splat(
     Raises:
       TypeError: an array of another dtype; half-precision `points`; an option of another type.
       ValueError: `values` and `points` that do not fit each other or `shape`; an unknown option; an
-        empty `shape` under a boundary other than ``"constant"``.
+        empty axis of `shape` with a boundary other than ``"constant"``.
 
     Example:
       >>> import jax.numpy as jnp, jaxwarp
@@ -177,7 +179,7 @@ def splat(
     values, points, sizes = _checks.sources(values, points, shape)
     orders = _checks.orders(derivative, len(sizes))
     sampling = _checks.sampling(method, boundary, 0.0, orders, False, deterministic)
-    _checks.spatial("shape", sizes, boundary)
+    _checks.spatial("shape", sizes, sampling.boundary)
     return _primitives.splat(
         values,
         points,
@@ -193,7 +195,7 @@ def backward_warp(
     flow: Float[ArrayLike, "... h w dims"],
     *,
     method: Method = "linear",
-    boundary: Boundary = "constant",
+    boundary: Boundary | Sequence[Boundary] = "constant",
     fill_value: float = 0.0,
     forward_mode: bool = False,
     deterministic: bool | None = None,
@@ -232,7 +234,7 @@ def backward_warp(
     _checks.rank("flow", flow, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, {dims})")
     _checks.rank("image", image, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, C)", "[..., None]")
     sampling = _checks.sampling(method, boundary, fill_value, (0,) * dims, True, deterministic)
-    _checks.spatial("image", image.shape[-1 - dims : -1], boundary)
+    _checks.spatial("image", image.shape[-1 - dims : -1], sampling.boundary)
     core = dims + 1
     batch = _checks.broadcast({"image": image.shape[:-core], "flow": flow.shape[:-core]})
     return _primitives.gather(
@@ -251,7 +253,7 @@ def forward_warp(
     reduce: Reduce = ...,
     importance: Float[ArrayLike, "... H W"] | None = ...,
     method: Method = ...,
-    boundary: Boundary = ...,
+    boundary: Boundary | Sequence[Boundary] = ...,
     fill_value: float = ...,
     min_coverage: float = ...,
     return_coverage: Literal[False] = ...,
@@ -266,7 +268,7 @@ def forward_warp(
     reduce: Reduce = ...,
     importance: Float[ArrayLike, "... H W"] | None = ...,
     method: Method = ...,
-    boundary: Boundary = ...,
+    boundary: Boundary | Sequence[Boundary] = ...,
     fill_value: float = ...,
     min_coverage: float = ...,
     return_coverage: Literal[True],
@@ -280,7 +282,7 @@ def forward_warp(
     reduce: Reduce = "average",
     importance: Float[ArrayLike, "... H W"] | None = None,
     method: Method = "linear",
-    boundary: Boundary = "constant",
+    boundary: Boundary | Sequence[Boundary] = "constant",
     fill_value: float = 0.0,
     min_coverage: float = 0.0,
     return_coverage: bool = False,
@@ -382,7 +384,7 @@ def forward_warp(
         )
     if not least >= 0:
         raise ValueError(f"min_coverage: expected a number >= 0, got {min_coverage!r}; 0 keeps all")
-    _checks.spatial("values", spatial, boundary)
+    _checks.spatial("values", spatial, sampling.boundary)
 
     results = _primitives.splat(
         _lead(values, core, len(batch)),

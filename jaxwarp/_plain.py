@@ -75,7 +75,7 @@ def _compute(
     outputs: dict[str, jax.ShapeDtypeStruct],
     *,
     method: str,
-    boundary: str,
+    boundary: tuple[str, ...],
     fill_value: float,
     derivative: Shape,
     displacement: bool,
@@ -151,13 +151,18 @@ def _over_batch(
 
 
 def _gather(
-    operands: Operands, *, method: str, boundary: str, derivative: Shape, fill_value: float
+    operands: Operands,
+    *,
+    method: str,
+    boundary: tuple[str, ...],
+    derivative: Shape,
+    fill_value: float,
 ) -> Operands:
     """(1), with the weight exp(importance - peak) where there is one."""
     image, points = operands["image"], operands["points"]
     image = image.astype(reference._at_least_float32(image))
     if "peak" not in operands:
-        sampled = reference._gather(image, points, method, boundary, fill_value, derivative)
+        sampled = reference._gather(image, points, fill_value, method, boundary, derivative)
         return {"values": sampled}
     finite = reference._finite(points)
     points = jnp.where(finite, points, 0)
@@ -173,7 +178,7 @@ def _splat(
     *,
     shape: Shape,
     method: str,
-    boundary: str,
+    boundary: tuple[str, ...],
     derivative: Shape,
     fill_value: float,
     reduce: str,
@@ -213,7 +218,9 @@ def _splat(
     return results | {"image": image, "weight": divisor}
 
 
-def _softmax_weight(operands: Operands, g: Array, j: tuple[Array, ...], boundary: str) -> Array:
+def _softmax_weight(
+    operands: Operands, g: Array, j: tuple[Array, ...], boundary: tuple[str, ...]
+) -> Array:
     """g exp(importance - peak) at the corners j; 0 outside, and for a logit of -inf."""
     logits, peak = operands["importance"][:, None], operands["peak"]
     peak = reference._padded(peak[..., None], boundary, jnp.inf)[..., 0]

@@ -46,7 +46,7 @@ class Sampling(NamedTuple):
     """How a position becomes corners and weights. Static, hashable."""
 
     method: str
-    boundary: str
+    boundary: tuple[str, ...]  # along x, y[, z]
     fill_value: float
     derivative: Shape  # order along x, y[, z]
     displacement: bool  # points are a flow field: position = pixel + flow

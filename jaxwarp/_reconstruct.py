@@ -27,7 +27,7 @@ def reconstruct(
     points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
-    boundary: _checks.Boundary = "constant",
+    boundary: _checks.Boundary | Sequence[_checks.Boundary] = "constant",
     damping: float = 0.0,
     tol: float = 1e-5,
     max_steps: int = 100,
@@ -85,7 +85,7 @@ def reconstruct(
     """
     values, points, sizes = _checks.sources(values, points, shape)
     sampling = _checks.sampling("linear", boundary, 0.0, (0,) * len(sizes), False, None)
-    _checks.spatial("shape", sizes, boundary)
+    _checks.spatial("shape", sizes, sampling.boundary)
     problem = _Problem(sizes, sampling, *_limits(damping, tol, max_steps))
     exact = values.astype(_primitives.accumulator(values.dtype))
     return _least_squares(problem, exact, points).astype(values.dtype)

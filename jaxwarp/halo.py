@@ -7,6 +7,7 @@ Everything else that is sharded (batch axes, points, channels) needs no function
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated as Float  # what jaxtyping's is to type checkers
 
 import jax
@@ -33,7 +34,7 @@ def backward_warp(
     axis_name: str,
     max_displacement: float,
     method: _checks.Method = "linear",
-    boundary: _checks.Boundary = "constant",
+    boundary: _checks.Boundary | Sequence[_checks.Boundary] = "constant",
     fill_value: float = 0.0,
     forward_mode: bool = False,
     deterministic: bool | None = None,
@@ -79,7 +80,7 @@ def backward_warp(
     layout = _checks.AXES[dims][1][1:-1]
     _checks.rank("flow", flow, dims + 1, f"(*batch, {layout}, {dims})")
     _checks.rank("image", image, dims + 1, f"(*batch, {layout}, C)", "[..., None]")
-    _checks.choice("boundary", boundary, _checks.BOUNDARIES)
+    *_, beyond = _checks.boundaries(boundary, dims)  # that of the rows
     axis = -dims - 1  # of the rows
     rows, limit = image.shape[axis], _checks.number("max_displacement", max_displacement)
     if flow.shape[axis] != rows:
@@ -102,14 +103,14 @@ def backward_warp(
     up = [(i, (i - 1) % devices) for i in range(devices)]
     above = jax.lax.ppermute(part(rows - halo, rows), axis_name, down)
     below = jax.lax.ppermute(part(0, halo), axis_name, up)
-    if boundary != "wrap":  # at both ends of the image, what the boundary says lies there
-        if boundary == "constant":
+    if beyond != "wrap":  # at both ends of the image, what the boundary says lies there
+        if beyond == "constant":
             first = last = jnp.full_like(above, fill_value)
-        elif boundary == "nearest":
+        elif beyond == "nearest":
             first = jnp.broadcast_to(part(0, 1), above.shape)
             last = jnp.broadcast_to(part(rows - 1, rows), below.shape)
         else:
-            skip = 1 if boundary == "mirror" else 0
+            skip = 1 if beyond == "mirror" else 0
             first = jnp.flip(part(skip, halo + skip), axis)
             last = jnp.flip(part(rows - halo - skip, rows - skip), axis)
         above = jnp.where(here == 0, first, above)

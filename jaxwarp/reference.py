@@ -40,6 +40,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
+Fill = ArrayLike  # (), or (C,) for each channel
+_Boundaries = tuple[str, ...]  # along x, y[, z]
 _Taps = dict[int, tuple[float, ...]]  # tap -> coefficients of its weight
 
 
@@ -80,23 +82,33 @@ def gather(
     points: Float[ArrayLike, "*S dims"],
     *,
     method: str = "linear",
-    boundary: str = "constant",
-    fill_value: float = 0.0,
+    boundary: str | Sequence[str] = "constant",
+    fill_value: Fill = 0.0,
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
 ) -> Float[Array, "*S C"]:
     """Samples `image` ``(*shape, C)`` at `points` ``(*S, dims)``: (1), out(p) = sum_j g(p, j) I(j).
 
+    `boundary` is one for all axes or (x, y[, z]), `fill_value` one for all channels or ``(C,)``.
     `derivative` = (k_x, k_y[, k_z]) differentiates the weight g that many times along each axis.
-    Returns ``(*S, C)`` in the image's dtype. A NaN coordinate gives NaN; an infinite one gives
-    `fill_value` under "constant" (0 if it is differentiated) and NaN under other boundaries.
+    Returns ``(*S, C)`` in the image's dtype. A NaN coordinate gives NaN, and so does an infinite
+    one along an axis whose boundary is not "constant"; others give `fill_value`, 0 if it is
+    differentiated. By "nearest" of integers and bools, which have no NaN, `fill_value` stands for
+    it.
     """
     image, points = jnp.asarray(image), jnp.asarray(points)
+    if jnp.iscomplexobj(image):
+        parts, fill = _parts(image), _parts(jnp.broadcast_to(fill_value, image.shape[-1:]))
+        options = {"method": method, "boundary": boundary, "derivative": derivative}
+        return _joined(gather(parts, points, fill_value=fill, **options))
+    boundary = _boundaries(boundary, points.shape[-1])
+    if not jnp.issubdtype(image.dtype, jnp.floating):
+        return _pick(image, points, boundary, fill_value)
     derivative = tuple(derivative or (0,) * points.shape[-1])
     accumulated = image.astype(_at_least_float32(image))
-    out = _gather(accumulated, points, method, boundary, fill_value, derivative)
-    return out.astype(image.dtype)
+    fill = jnp.asarray(fill_value, accumulated.dtype)
+    return _gather(accumulated, points, fill, method, boundary, derivative).astype(image.dtype)
 
 
 def splat(
@@ -105,7 +117,7 @@ def splat(
     shape: Sequence[int],
     *,
     method: str = "linear",
-    boundary: str = "constant",
+    boundary: str | Sequence[str] = "constant",
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
@@ -116,6 +128,10 @@ def splat(
     values' dtype. A source with a non-finite coordinate is dropped.
     """
     values, points = jnp.asarray(values), jnp.asarray(points)
+    if jnp.iscomplexobj(values):
+        options = {"method": method, "boundary": boundary, "derivative": derivative}
+        return _joined(splat(_parts(values), points, shape, **options))
+    boundary = _boundaries(boundary, points.shape[-1])
     derivative = tuple(derivative or (0,) * points.shape[-1])
     accumulated = values.astype(_at_least_float32(values))
     out = _sum(accumulated, points, None, tuple(shape), method, boundary, derivative)
@@ -127,8 +143,8 @@ def backward_warp(
     flow: Float[ArrayLike, "... h w dims"],
     *,
     method: str = "linear",
-    boundary: str = "constant",
-    fill_value: float = 0.0,
+    boundary: str | Sequence[str] = "constant",
+    fill_value: Fill = 0.0,
     forward_mode: bool = False,
     deterministic: bool | None = None,
 ) -> Float[Array, "... h w C"]:
@@ -156,8 +172,8 @@ def forward_warp(
     reduce: str = "average",
     importance: Float[ArrayLike, "... H W"] | None = None,
     method: str = "linear",
-    boundary: str = "constant",
-    fill_value: float = 0.0,
+    boundary: str | Sequence[str] = "constant",
+    fill_value: Fill = 0.0,
     min_coverage: float = 0.0,
     return_coverage: bool = False,
     forward_mode: bool = False,
@@ -179,6 +195,20 @@ def forward_warp(
     the accumulation. The leading axes broadcast.
     """
     values, flow = jnp.asarray(values), jnp.asarray(flow)
+    if jnp.iscomplexobj(values):
+        out, coverage = forward_warp(
+            _parts(values),
+            flow,
+            reduce=reduce,
+            importance=importance,
+            method=method,
+            boundary=boundary,
+            fill_value=_parts(jnp.broadcast_to(fill_value, values.shape[-1:])),
+            min_coverage=min_coverage,
+            return_coverage=True,
+        )
+        return (_joined(out), coverage) if return_coverage else _joined(out)
+    boundary = _boundaries(boundary, flow.shape[-1])
     dtype, spatial = _at_least_float32(values), flow.shape[-1 - flow.shape[-1] : -1]
     importance = jnp.ones(spatial) if importance is None else jnp.asarray(importance)
     s = {2: "h,w", 3: "e,h,w"}[flow.shape[-1]]
@@ -197,7 +227,8 @@ def forward_warp(
         if reduce != "sum":
             total = sum_g(w, logits)
             hole = (coverage <= min_coverage) | (total == 0)
-            out = jnp.where(hole, fill_value, _ratio(out, jnp.where(hole, 1, total)))
+            fill = jnp.asarray(fill_value, dtype)
+            out = jnp.where(hole, fill, _ratio(out, jnp.where(hole, 1, total)))
         return out.astype(values.dtype), coverage[..., 0]
 
     signature = f"({s},c),({s},d),({s})->({s},c),({s})"
@@ -247,7 +278,7 @@ def reconstruct(
     points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
-    boundary: str = "constant",
+    boundary: str | Sequence[str] = "constant",
     damping: float = 0.0,
     tol: float = 1e-5,
     max_steps: int = 100,
@@ -260,6 +291,9 @@ def reconstruct(
     non-finite coordinate is dropped. Solved to the last digit, whatever `tol` and `max_steps`.
     """
     values, points = jnp.asarray(values), jnp.asarray(points)
+    if jnp.iscomplexobj(values):
+        options = {"boundary": boundary, "damping": damping}
+        return _joined(reconstruct(_parts(values), points, shape, **options))
     dtype, kept = _at_least_float32(values), _finite(points)
     count, n = math.prod(points.shape[:-1]), math.prod(shape)
     basis = jnp.eye(n, dtype=dtype).reshape(*shape, n)  # channel j is the image that is 1 at j
@@ -310,36 +344,36 @@ def to_normalized(
 # the result of (5) does not depend, is a constant.
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def _gather(
     image: Array,
     points: Array,
+    fill_value: ArrayLike,
     method: str,
-    boundary: str,
-    fill_value: float,
+    boundary: _Boundaries,
     derivative: tuple[int, ...],
 ) -> Array:
-    out = _interpolate(image, points, method, boundary, fill_value, derivative, product=_weighted)
-    beyond = (0.0 if any(derivative) else fill_value) if boundary == "constant" else jnp.nan
-    nan = jnp.isnan(points).any(-1, keepdims=True)
-    return jnp.where(_finite(points), out, jnp.where(nan, jnp.nan, beyond))
+    out = _interpolate(image, points, fill_value, method, boundary, derivative, product=_weighted)
+    beyond = 0.0 if any(derivative) else fill_value
+    return jnp.where(_finite(points), out, jnp.where(_nowhere(points, boundary), jnp.nan, beyond))
 
 
 @_gather.defjvp
 def _gather_jvp(
     method: str,
-    boundary: str,
-    fill_value: float,
+    boundary: _Boundaries,
     derivative: tuple[int, ...],
-    primals: tuple[Array, Array],
-    tangents: tuple[Array, Array],
+    primals: tuple[Array, Array, ArrayLike],
+    tangents: tuple[Array, Array, ArrayLike],
 ) -> tuple[Array, Array]:
-    (image, points), (d_image, d_points) = primals, tangents
-    out_dot = _interpolate(d_image, points, method, boundary, 0.0, derivative)
+    (image, points, fill), (d_image, d_points, d_fill) = primals, tangents
+    out_dot = _interpolate(d_image, points, d_fill, method, boundary, derivative)
+    if not any(derivative):  # infinitely far outside
+        out_dot += jnp.where(_finite(points) | _nowhere(points, boundary), 0, d_fill)
     for a, raised in enumerate(_raised(derivative)):
-        slope = _gather(image, points, method, boundary, fill_value, raised)
+        slope = _gather(image, points, fill, method, boundary, raised)
         out_dot += slope * d_points[..., a, None].astype(image.dtype)
-    return _gather(image, points, method, boundary, fill_value, derivative), out_dot
+    return _gather(image, points, fill, method, boundary, derivative), out_dot
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
@@ -349,7 +383,7 @@ def _splat(
     logits: Array | None,
     shape: tuple[int, ...],
     method: str,
-    boundary: str,
+    boundary: _Boundaries,
     derivative: tuple[int, ...],
 ) -> Array:
     return _scatter(values, points, logits, shape, method, boundary, derivative, product=_weighted)
@@ -359,7 +393,7 @@ def _splat(
 def _splat_jvp(
     shape: tuple[int, ...],
     method: str,
-    boundary: str,
+    boundary: _Boundaries,
     derivative: tuple[int, ...],
     primals: tuple[Array, Array, Array | None],
     tangents: tuple[Array, Array, Array | None],
@@ -404,9 +438,9 @@ _exponential.defjvps(lambda d_logit, w, logit, peak: w * d_logit, None)
 def _interpolate(
     image: Array,
     points: Array,
+    fill_value: ArrayLike,
     method: str,
-    boundary: str,
-    fill_value: float,
+    boundary: _Boundaries,
     derivative: tuple[int, ...],
     product: Callable[[Array, Array], Array] = jnp.multiply,
 ) -> Array:
@@ -425,7 +459,7 @@ def _sum(
     logits: Array | None,
     shape: tuple[int, ...],
     method: str,
-    boundary: str,
+    boundary: _Boundaries,
     derivative: tuple[int, ...],
 ) -> Array:
     """sum_i w_ij g(p_i, j) f_i of (5), without the sources at positions that are not finite.
@@ -447,7 +481,7 @@ def _scatter(
     logits: Array | None,
     shape: tuple[int, ...],
     method: str,
-    boundary: str,
+    boundary: _Boundaries,
     derivative: tuple[int, ...],
     product: Callable[[Array, Array], Array] = jnp.multiply,
 ) -> Array:
@@ -460,7 +494,9 @@ def _scatter(
     return _added(product(g[..., None], values[..., None, :]), j, shape, boundary)
 
 
-def _added(parts: Array, j: tuple[Array, ...], shape: tuple[int, ...], boundary: str) -> Array:
+def _added(
+    parts: Array, j: tuple[Array, ...], shape: tuple[int, ...], boundary: _Boundaries
+) -> Array:
     """The image of which every corner j gets its part, (*S, K, C) -> (*shape, C)."""
     empty = jnp.zeros((*shape, parts.shape[-1]), parts.dtype)
     # What falls outside is added to the ring, and cut off with it.
@@ -468,17 +504,37 @@ def _added(parts: Array, j: tuple[Array, ...], shape: tuple[int, ...], boundary:
 
 
 def _peak(
-    points: Array, logits: Array, shape: tuple[int, ...], method: str, boundary: str
+    points: Array, logits: Array, shape: tuple[int, ...], method: str, boundary: _Boundaries
 ) -> Array:
     """m_j of "softmax", in the padded image; -inf where no source has a weight."""
     j, g = _corners(points, shape, method, boundary, (0,) * len(shape))
     counts = (g.astype(logits.dtype) > 0) & ~jnp.isnan(logits)
-    peak = jnp.full([n + 2 * _margin(boundary) for n in shape], -jnp.inf, logits.dtype)
+    sizes = [n + sum(ring) for n, ring in zip(shape, _ring(boundary), strict=True)]
+    peak = jnp.full(sizes, -jnp.inf, logits.dtype)
     return peak.at[j].max(jnp.where(counts, logits, -jnp.inf))
 
 
 def _finite(points: Array) -> Array:
     return jnp.isfinite(points).all(-1, keepdims=True)
+
+
+def _nowhere(points: Array, boundary: _Boundaries) -> Array:
+    """Is a coordinate NaN, or infinite along an axis whose boundary is not "constant"?"""
+    nowhere = jnp.isnan(points).any(-1)
+    for a, along in enumerate(boundary):
+        if along != "constant":
+            nowhere |= jnp.isinf(points[..., a])
+    return nowhere[..., None]
+
+
+def _pick(image: Array, points: Array, boundary: _Boundaries, fill_value: ArrayLike) -> Array:
+    """(1) by "nearest" of an image of integers or bools: the pixel itself."""
+    finite = _finite(points)
+    no_derivative = (0,) * len(boundary)
+    at = jnp.where(finite, points, 0)
+    j, _ = _corners(at, image.shape[:-1], "nearest", boundary, no_derivative)
+    fill = jnp.asarray(fill_value, image.dtype)
+    return jnp.where(finite, _padded(image, boundary, fill)[j][..., 0, :], fill)
 
 
 def _raised(derivative: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -488,7 +544,11 @@ def _raised(derivative: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _corners(
-    points: Array, shape: Sequence[int], method: str, boundary: str, derivative: Sequence[int]
+    points: Array,
+    shape: Sequence[int],
+    method: str,
+    boundary: _Boundaries,
+    derivative: Sequence[int],
 ) -> tuple[tuple[Array, ...], Array]:
     """The corners j of every finite point: indices into the padded image, and weights g(p, j).
 
@@ -496,8 +556,8 @@ def _corners(
     """
     d = len(shape)
     taps = [  # one pair (indices, weights), each (*S, taps), per axis of the image: z, y, x
-        _taps(points[..., d - 1 - axis], shape[axis], method, boundary, derivative[d - 1 - axis])
-        for axis in range(d)
+        _taps(points[..., a], shape[d - 1 - a], method, boundary[a], derivative[a])
+        for a in reversed(range(d))
     ]
     box = (len(METHODS[method][1]),) * d
 
@@ -549,16 +609,35 @@ def _margin(boundary: str) -> int:
     return 1 if boundary == "constant" else 0
 
 
-def _padded(image: Array, boundary: str, value: float) -> Array:
+def _ring(boundary: _Boundaries) -> list[tuple[int, int]]:
+    """How many pixels stand for what is outside, before and behind each axis of an image."""
+    return [(_margin(along), _margin(along)) for along in reversed(boundary)]
+
+
+def _padded(image: Array, boundary: _Boundaries, value: ArrayLike) -> Array:
     """The image with what is outside: one ring of `value` is all of it."""
-    margin = _margin(boundary)
-    pad = [(margin, margin)] * (image.ndim - 1) + [(0, 0)]
-    return jnp.pad(image, pad, constant_values=value)
+    ring = [*_ring(boundary), (0, 0)]
+    inside = jnp.pad(jnp.ones((*image.shape[:-1], 1), bool), ring)
+    return jnp.where(inside, jnp.pad(image, ring), value)
 
 
-def _inside(padded: Array, shape: Sequence[int], boundary: str) -> Array:
-    margin = _margin(boundary)
-    return padded[tuple(slice(margin, margin + n) for n in shape)]
+def _inside(padded: Array, shape: Sequence[int], boundary: _Boundaries) -> Array:
+    ring = zip(shape, _ring(boundary), strict=True)
+    return padded[tuple(slice(margin, margin + n) for n, (margin, _) in ring)]
+
+
+def _boundaries(boundary: str | Sequence[str], dims: int) -> _Boundaries:
+    return (boundary,) * dims if isinstance(boundary, str) else tuple(boundary)
+
+
+def _parts(x: Array) -> Array:
+    """Real and imaginary parts as channels."""
+    return jnp.concatenate([jnp.real(x), jnp.imag(x)], axis=-1)
+
+
+def _joined(parts: Array) -> Array:
+    real, imaginary = jnp.split(parts, 2, axis=-1)
+    return jax.lax.complex(real, imaginary)
 
 
 def _displaced(flow: Array) -> Array:

@@ -213,22 +213,36 @@ class Decoder {
   }
 
   template <class E, size_t N>
-  E choice(ffi::Dictionary attrs, std::string_view name, const std::string_view (&names)[N]) {
-    const auto got = attribute<std::string_view>(attrs, name);
+  E choice(std::string_view name, std::string_view got, const std::string_view (&names)[N]) {
     for (size_t i = 0; i < N; ++i) {
       if (names[i] == got) return static_cast<E>(i);
     }
     fail("unknown " + std::string(name) + " '" + std::string(got) + "'");
     return E{};
   }
+  template <class E, size_t N>
+  E choice(ffi::Dictionary attrs, std::string_view name, const std::string_view (&names)[N]) {
+    return choice<E>(name, attribute<std::string_view>(attrs, name), names);
+  }
+
+  // One word for each axis, or one for all.
+  void read_boundaries(ffi::Dictionary attrs) {
+    static constexpr std::string_view kNames[] = {"constant", "nearest", "mirror", "reflect",
+                                                  "wrap"};
+    const auto words = split(attribute<std::string_view>(attrs, "boundary"));
+    boundaries_ = words.size();
+    if (words.empty()) return fail("boundary is missing");
+    for (size_t a = 0; a < 3; ++a) {
+      const auto word = words[std::min(a, words.size() - 1)];
+      call_.sampling.boundary[a] = choice<Boundary>("boundary", word, kNames);
+    }
+  }
 
   void read_options(ffi::Dictionary attrs) {
     static constexpr std::string_view kMethods[] = {"nearest", "linear", "cubic"};
-    static constexpr std::string_view kBoundaries[] = {"constant", "nearest", "mirror", "reflect",
-                                                       "wrap"};
     static constexpr std::string_view kReductions[] = {"sum", "average", "softmax"};
     call_.sampling.method = choice<Method>(attrs, "method", kMethods);
-    call_.sampling.boundary = choice<Boundary>(attrs, "boundary", kBoundaries);
+    read_boundaries(attrs);
     call_.sampling.fill = attribute<double>(attrs, "fill_value");
     call_.sampling.cubic_a = attribute<double>(attrs, "cubic_a");
     call_.reduce = choice<Reduce>(attrs, "reduce", kReductions);
@@ -332,6 +346,10 @@ class Decoder {
       return fail("points: expected a last axis of 2 or 3, got " + to_text(points));
     }
     call_.dims = static_cast<int>(dims);
+    if (boundaries_ != 1 && boundaries_ != static_cast<size_t>(dims)) {
+      return fail("boundary: expected 1 or " + std::to_string(dims) + " words, got " +
+                  std::to_string(boundaries_));
+    }
     const Bound* values = find_any("values");
     call_.value_type = values->buffer.element_type();
     batch_rank_ = static_cast<int>(points.size()) - core_rank(Kind::kPoints);
@@ -371,8 +389,10 @@ class Decoder {
       check_core(b, spatial, grid);
       check_dtype(b);
     }
-    if (plane == 0 && call_.sampling.boundary != Boundary::kConstant) {
-      fail("image: an axis of size 0 needs boundary 'constant'");
+    for (int a = 0; a < dims; ++a) {
+      if (shape.size[a] == 0 && call_.sampling.boundary[a] != Boundary::kConstant) {
+        fail("image: an axis of size 0 needs boundary 'constant'");
+      }
     }
   }
 
@@ -541,6 +561,7 @@ class Decoder {
   Call& call_;
   const bool needs_scratch_;
   int batch_rank_ = 0;
+  size_t boundaries_ = 0;
   std::vector<Bound> bound_;
   std::optional<ffi::AnyBuffer> scratch_;
   std::string error_;

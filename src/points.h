@@ -133,11 +133,12 @@ struct Points {
   __attribute__((noinline)) bool beyond(int64_t n, int64_t i, const int64_t (&pixel)[D]) const {
     Real p[D];
     position(n, i, pixel, p);
-    bool near = true;
+    bool apart = false;
     for (int a = 0; a < D; ++a) {
-      near = near && p[a] >= -1 && p[a] < static_cast<Real>(call.shape.size[a]);
+      const bool near = p[a] >= -1 && p[a] < static_cast<Real>(call.shape.size[a]);
+      apart = apart || (!near && call.sampling.boundary[a] == Boundary::kConstant);
     }
-    return !near && call.sampling.boundary == Boundary::kConstant;
+    return apart;
   }
 };
 

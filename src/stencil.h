@@ -12,10 +12,10 @@ enum class Boundary { kConstant, kNearest, kMirror, kReflect, kWrap };
 
 struct Sampling {
   Method method;
-  Boundary boundary;
-  double fill;     // the value of every corner outside, boundary "constant"
-  double cubic_a;  // the parameter of Keys' cubic kernel
-  int order[3];    // derivative order along x, y, z
+  Boundary boundary[3];  // along x, y, z
+  double fill;           // the value of every corner outside, boundary "constant"
+  double cubic_a;        // the parameter of Keys' cubic kernel
+  int order[3];          // derivative order along x, y, z
 };
 
 template <Method M>
@@ -141,6 +141,8 @@ JAXWARP_HD Index split_coordinate(Real x, Boundary boundary, Index n, Real& t) {
   return x < 0 ? -kLimit : kLimit;
 }
 
+// kInfinite: infinitely far outside, along axes with boundary "constant". kNan: nowhere, since a
+// coordinate is NaN, or infinite along another axis.
 enum class Place { kFinite, kInfinite, kNan };
 
 // Calls body(k) for k < K corners. So many are unrolled that their weights stay in registers; the
@@ -186,14 +188,15 @@ struct Stencil {
 
   Stencil() = default;
 
-  JAXWARP_HD Stencil(const Real (&p)[D], const Index* size, Boundary boundary) {
+  JAXWARP_HD Stencil(const Real (&p)[D], const Index* size, const Boundary* boundary) {
     Real finite = 0;
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) finite += p[a] - p[a];
     place = Place::kFinite;
     if (finite != 0) {
       place = Place::kInfinite;
       JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
-        if (p[a] != p[a]) place = Place::kNan;
+        const bool finite = p[a] - p[a] == 0;
+        if (p[a] != p[a] || (!finite && boundary[a] != Boundary::kConstant)) place = Place::kNan;
       }
       interior = false;
       JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
@@ -205,7 +208,7 @@ struct Stencil {
     }
     interior = true;
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
-      first[a] = split_coordinate(p[a], boundary, size[a], t[a]);
+      first[a] = split_coordinate(p[a], boundary[a], size[a], t[a]);
       if (M == Method::kCubic) first[a] -= 1;
       if (M == Method::kNearest) {
         if (t[a] > Real(0.5) || (t[a] == Real(0.5) && first[a] % 2 != 0)) first[a] += 1;
@@ -216,7 +219,7 @@ struct Stencil {
     if (interior) return;
     JAXWARP_UNROLL for (int a = 0; a < D; ++a) {
       JAXWARP_UNROLL for (int tap = 0; tap < kAxisTaps; ++tap) {
-        folded[a][tap] = corner_index<Index>(boundary, first[a] + tap, size[a]);
+        folded[a][tap] = corner_index<Index>(boundary[a], first[a] + tap, size[a]);
       }
     }
   }

@@ -278,11 +278,8 @@ JAXWARP_HD A value_outside(const Sampling& sampling, Place place, bool different
   const A nan = std::numeric_limits<A>::quiet_NaN();
   const A fill = static_cast<A>(sampling.fill);
   if (place == Place::kNan) return nan;
-  if (place == Place::kInfinite) {
-    if (sampling.boundary != Boundary::kConstant) return nan;
-    return differentiated ? A(0) : fill;
-  }
   if (!differentiated) return fill;
+  if (place == Place::kInfinite) return 0;
   return any_weight ? fill * A(0) : A(0);
 }
 

@@ -52,8 +52,10 @@ struct UsualCall : Call {
     }
     const int (&order)[3] = call.sampling.order;
     const bool differentiated = order[0] != 0 || order[1] != 0 || order[2] != 0;
-    const bool periodic = call.sampling.boundary != Boundary::kConstant &&
-                          call.sampling.boundary != Boundary::kNearest;
+    bool periodic = false;
+    for (const Boundary boundary : call.sampling.boundary) {
+      periodic = periodic || (boundary != Boundary::kConstant && boundary != Boundary::kNearest);
+    }
     return call.batch.rank <= 1 && whole && !weighted && !differentiated && !periodic;
   }
   JAXWARP_HD int64_t offset(const Operand& operand, int64_t b) const {
@@ -109,12 +111,21 @@ __device__ void emit_lanes(const Work<Index, kUsual>& work, Index item, A (&part
   }
 }
 
-// A position in a usual call. The compiler sees that its boundary has no period.
+// The boundaries of a usual call. The compiler sees that none has a period.
+struct UsualBoundaries {
+  Boundary along[3];
+  __device__ explicit UsualBoundaries(const Boundary (&given)[3]) {
+    JAXWARP_UNROLL for (int a = 0; a < 3; ++a) {
+      along[a] = given[a] == Boundary::kNearest ? Boundary::kNearest : Boundary::kConstant;
+    }
+  }
+};
+
+// A position in a usual call.
 template <Method M, int D, class Real, class Index>
 struct UsualStencil : UndifferentiatedStencil<M, D, Real, Index> {
-  __device__ UsualStencil(const Real (&p)[D], const Index* size, Boundary boundary)
-      : UndifferentiatedStencil<M, D, Real, Index>(
-            p, size, boundary == Boundary::kNearest ? Boundary::kNearest : Boundary::kConstant) {}
+  __device__ UsualStencil(const Real (&p)[D], const Index* size, const Boundary (&boundary)[3])
+      : UndifferentiatedStencil<M, D, Real, Index>(p, size, UsualBoundaries(boundary).along) {}
 };
 
 template <class Types, class Index, bool kUsual>

@@ -273,7 +273,7 @@ const Kernel* find_kernel(std::string_view name) {
 Call call_of(const Kernel& kernel, const Arrays& arrays, const Size& size) {
   Call call{};
   call.sampling.method = Method::kLinear;
-  call.sampling.boundary = Boundary::kConstant;
+  for (Boundary& along : call.sampling.boundary) along = Boundary::kConstant;
   call.sampling.cubic_a = -0.5;
   call.displacement = true;
   call.reduce = kernel.reduce;

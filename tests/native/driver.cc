@@ -435,12 +435,17 @@ void draw_attributes(Source& s, Case& c, bool channels_first) {
     c.attributes.push_back({name, XLA_FFI_AttrType_SCALAR, XLA_FFI_DataType_PRED});
     c.attributes.back().flag = value;
   };
-  bool empty = false;
-  for (int64_t n : c.spatial) empty = empty || n == 0;
-  const char* boundary = s.of({"constant", "nearest", "mirror", "reflect", "wrap"});
+  std::string boundaries;  // along x, y[, z]
+  const bool mixed = s.once_in(3);
+  const std::string common = s.of({"constant", "nearest", "mirror", "reflect", "wrap"});
+  for (int a = 0; a < c.dims; ++a) {
+    const bool empty = c.spatial[c.dims - 1 - a] == 0;
+    const std::string own = s.of({"constant", "nearest", "mirror", "reflect", "wrap"});
+    boundaries += (a ? " " : "") + (empty ? "constant" : mixed ? own : common);
+  }
   const double wild = s.of<double>({NAN, INFINITY, -INFINITY, 1e300, -1e-300, 0.0});
   // In the order of their names, as XLA passes them.
-  text("boundary", empty ? "constant" : boundary);
+  text("boundary", boundaries);
   flag("channels_first", channels_first);
   number("cubic_a", c.tame ? s.of({-0.5, -0.75}) : wild);
   c.attributes.push_back({"derivative", XLA_FFI_AttrType_ARRAY, XLA_FFI_DataType_S64});
