@@ -19,8 +19,11 @@ from jaxwarp._primitives import Sampling
 METHODS = ("nearest", "linear", "cubic")
 BOUNDARIES = ("constant", "nearest", "mirror", "reflect", "wrap")
 REDUCTIONS = ("sum", "average", "softmax")
-VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+COMPLEX = ("complex64", "complex128")
+INTEGERS = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
 POINT_DTYPES = ("float32", "float64")
+NUMBERS = (bool, int, float, complex, np.number, np.bool_)
 AXES = {2: ("(x, y)", "(H, W)"), 3: ("(x, y, z)", "(D, H, W)")}
 
 Method = Literal["nearest", "linear", "cubic"]
@@ -28,21 +31,54 @@ Boundary = Literal["constant", "nearest", "mirror", "reflect", "wrap"]
 Reduce = Literal["sum", "average", "softmax"]
 
 
-def array(name: str, given: ArrayLike, dtypes: Sequence[str], remedy: str) -> Array:
+def array(name: str, given: ArrayLike, dtypes: Sequence[str], remedy: str = "") -> Array:
     x = jnp.asarray(given)
     if x.dtype.name not in dtypes:
-        raise TypeError(f"{name}: expected one of {', '.join(dtypes)}, got {x.dtype}; {remedy}")
+        raise TypeError(
+            f"{name}: expected one of {', '.join(dtypes)}, got {x.dtype}; "
+            f"{remedy}{_conversion(name, x.dtype)}"
+        )
     return x
 
 
-def values(name: str, x: ArrayLike) -> Array:
-    return array(name, x, VALUE_DTYPES, f"convert it, for example {name}.astype(jnp.float32)")
+def _conversion(name: str, dtype: np.dtype) -> str:
+    """The advice that fits a dtype which is not taken: nothing is lost by it."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return f"pass jnp.stack([{name}.real, {name}.imag], -1), or what of the two you mean"
+    bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8
+    if bits <= 16:  # and bool, and floating-point numbers of less than 16 bits
+        return f"convert it to float32, which holds every {dtype}: {name}.astype(jnp.float32)"
+    if bits == 32:
+        return (
+            f"convert it to float64, which holds every {dtype}: {name}.astype(jnp.float64) with "
+            "jax_enable_x64"
+        )
+    return f"convert it where you know that no value is rounded: no float holds every {dtype}"
 
 
-def points(x: ArrayLike) -> Array:
-    return array(
-        "points", x, POINT_DTYPES, "positions need at least float32: points.astype(jnp.float32)"
-    )
+def image(name: str, given: ArrayLike, method: Any, nearest: str = "method='nearest'") -> Array:
+    """Of a gather. `nearest`: how people ask for the method that takes integers."""
+    choice("method", method, METHODS)
+    x = jnp.asarray(given)
+    if method == "nearest":
+        return array(name, x, FLOATS + COMPLEX + INTEGERS)
+    whole = x.dtype.name in INTEGERS
+    remedy = f"pass {nearest}, which keeps every bit, or " if whole else ""
+    return array(name, x, FLOATS + COMPLEX, remedy)
+
+
+def values(name: str, given: ArrayLike) -> Array:
+    """Of a splat."""
+    return array(name, given, FLOATS + COMPLEX)
+
+
+def real(name: str, given: ArrayLike) -> Array:
+    """Flows, weights, coordinates."""
+    return array(name, given, FLOATS)
+
+
+def points(given: ArrayLike) -> Array:
+    return array("points", given, POINT_DTYPES, "positions need at least float32: ")
 
 
 def choice(
@@ -81,6 +117,59 @@ def number(name: str, value: Any) -> float:
         f"{name}: expected a Python float, got {type(value).__name__}; it is part of the compiled "
         "program and cannot be traced or differentiated"
     )
+
+
+def fill(given: Any, dtype: np.dtype, channels: int) -> float | Array:
+    """A number of the compiled program, or an array () or (C,); of integers, in their dtype."""
+    holds_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    listed = isinstance(given, Array | np.ndarray | list | tuple)
+    if not listed and not isinstance(given, NUMBERS):
+        raise TypeError(
+            f"fill_value: expected a number or an array, got {type(given).__name__}; pass one "
+            "number, or one for each channel"
+        )
+    if dtype.name in INTEGERS:
+        x = _whole_fill(given, dtype)
+    elif not listed and not isinstance(given, complex | np.complexfloating):
+        return number("fill_value", given)
+    else:
+        x = jnp.asarray(given)
+        if jnp.iscomplexobj(x) and not holds_complex:
+            raise TypeError(
+                f"fill_value: expected real numbers for an array of {dtype}, got {x.dtype}; make "
+                "the array complex too"
+            )
+        array("fill_value", x, FLOATS + INTEGERS + COMPLEX)
+    if x.shape not in ((), (channels,)):
+        raise ValueError(
+            f"fill_value: expected shape () or ({channels},), a number for each channel, got "
+            f"{x.shape}; use jax.vmap for one for each element of a batch"
+        )
+    return x
+
+
+def _whole_fill(given: Any, dtype: np.dtype) -> Array:
+    """Never by way of a float, which holds no large integers."""
+    if isinstance(given, Array):
+        if not np.can_cast(given.dtype, dtype):
+            raise TypeError(
+                f"fill_value: expected an array of {dtype}, as the image, got {given.dtype}; make "
+                f"it with that dtype"
+            )
+        return given.astype(dtype)
+    exact = np.asarray(given)
+    try:
+        with np.errstate(invalid="ignore"):
+            held = exact.astype(dtype)
+        good = bool(np.all(held == exact))
+    except (OverflowError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"fill_value: expected what {dtype} holds exactly, got {given!r}; pass integers within "
+            "its range"
+        )
+    return jnp.asarray(held)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -157,15 +246,14 @@ def broadcast(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 def sampling(
     method: str,
     boundary: Any,
-    fill_value: Any,
     derivative: tuple[int, ...],
     displacement: bool,
     deterministic: bool | None,
 ) -> Sampling:
+    """With 0 as fill."""
     choice("method", method, METHODS)
-    fill = number("fill_value", fill_value)
     along = boundaries(boundary, len(derivative))
-    return Sampling(method, along, fill, derivative, displacement, determinism(deterministic))
+    return Sampling(method, along, 0.0, derivative, displacement, determinism(deterministic))
 
 
 def shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated as Float  # what jaxtyping's is to type checkers
+from typing import Annotated as Float  # what jaxtyping's are to type checkers
+from typing import Annotated as Shaped
 from typing import Literal
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxwarp import _checks, _ops, _primitives
+from jaxwarp import _checks, _numbers, _ops, _primitives
 
 METHODS = {"bilinear": "linear", "nearest": "nearest", "bicubic": "cubic"}
 PADDINGS = ("zeros", "border", "reflection")
@@ -20,14 +21,14 @@ CUBIC_A = -0.75  # where `gather` has Keys' -0.5
 
 
 def grid_sample(
-    input: Float[ArrayLike, "... H W"],
+    input: Shaped[ArrayLike, "... H W"],
     grid: Float[ArrayLike, "... h w dims"],
     *,
     mode: Literal["bilinear", "nearest", "bicubic"] = "bilinear",
     padding_mode: Literal["zeros", "border", "reflection"] = "zeros",
     align_corners: bool = False,
     forward_mode: bool = False,
-) -> Float[Array, "... h w"]:
+) -> Shaped[Array, "... h w"]:
     """Samples a channels-first image at normalised coordinates, as `torch.nn.functional` does.
 
     The image is read where it lies, without a transpose. What differs from PyTorch:
@@ -40,10 +41,12 @@ def grid_sample(
     - A NaN in the grid gives NaN. An infinite coordinate gives 0 with ``"zeros"``, else NaN.
 
     Args:
-      input: ``(*batch, C, H, W)`` or ``(*batch, C, D, H, W)``; float16, bfloat16, float32, float64.
+      input: ``(*batch, C, H, W)`` or ``(*batch, C, D, H, W)``; dtypes as in `jaxwarp.gather`, also
+        bool and integers for ``"nearest"``, which hold 0 where others hold NaN.
       grid: ``(*batch, h, w, 2)`` or ``(*batch, d, h, w, 3)``, (x, y[, z]) where -1 and 1 are
-        the two ends of an axis of the image; any of these dtypes. A half-precision grid is read
-        exactly, but -1 to 1 in bfloat16 has steps of 1/256: pass float32 where you can.
+        the two ends of an axis of the image; float16, bfloat16, float32 or float64. A
+        half-precision grid is read exactly, but -1 to 1 in bfloat16 has steps of 1/256: pass
+        float32 where you can.
       mode: ``"bilinear"`` (trilinear in 3-D), ``"nearest"`` (ties to even) or ``"bicubic"``
         (a = -0.75, tricubic in 3-D).
       padding_mode: ``"zeros"`` outside, ``"border"`` (the nearest pixel of the border) or
@@ -70,12 +73,13 @@ def grid_sample(
 
     Source: `torch.nn.functional.grid_sample`, PyTorch 2.
     """
-    input, grid = _checks.values("input", input), _checks.values("grid", grid)
+    _checks.choice("mode", mode, tuple(METHODS))
+    input = _checks.image("input", input, METHODS[mode], "mode='nearest'")
+    grid = _checks.real("grid", grid)
     dims = _checks.dims("grid", grid.shape[-1] if grid.ndim else 0)
     core, layout = dims + 1, "D, H, W" if dims == 3 else "H, W"
     _checks.rank("input", input, core, f"(*batch, C, {layout})", "[None]")
     _checks.rank("grid", grid, core, f"(*batch, {layout}, {dims})")
-    _checks.choice("mode", mode, tuple(METHODS))
     _checks.choice("padding_mode", padding_mode, PADDINGS)
     align_corners = _checks.flag("align_corners", align_corners)
     batches = {"input": input.shape[:-core], "grid": grid.shape[:-core]}
@@ -84,7 +88,7 @@ def grid_sample(
 
     reflect = "mirror" if align_corners else "reflect"
     boundary = {"zeros": "constant", "border": "nearest", "reflection": reflect}[padding_mode]
-    sampling = _checks.sampling(METHODS[mode], boundary, 0.0, (0,) * dims, False, None)
+    sampling = _checks.sampling(METHODS[mode], boundary, (0,) * dims, False, None)
     _checks.spatial("input", spatial, sampling.boundary)
     sampling = sampling._replace(channels_first=True)
     if mode == "bicubic":
@@ -94,10 +98,11 @@ def grid_sample(
     if mode == "nearest" and padding_mode == "reflection":
         points = _reflected(points, spatial, align_corners)
     points = points.reshape(*grid.shape[:-core], math.prod(extent), dims)
-    out = _primitives.gather(
+    out = _numbers.gather(
         _ops._lead(input, core, rank),
         _ops._lead(points, 2, rank),
         sampling,
+        _checks.fill(0, input.dtype, input.shape[-core]),
         forward_mode=_checks.flag("forward_mode", forward_mode),
     )
     return out.reshape(*out.shape[:-1], *extent)
@@ -173,7 +178,7 @@ def to_normalized(
 
 def _normalised(name: str, x: ArrayLike, shape: Sequence[int]) -> tuple[Array, np.ndarray]:
     """The coordinates, at least float32, and the sizes along (x, y[, z]) in their dtype."""
-    coordinates, sizes = _checks.values(name, x), _checks.shape(shape)
+    coordinates, sizes = _checks.real(name, x), _checks.shape(shape)
     if coordinates.ndim == 0 or coordinates.shape[-1] != len(sizes):
         got = coordinates.shape[-1] if coordinates.ndim else "a scalar"
         raise ValueError(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated as Float  # what jaxtyping's is to type checkers
+from typing import Annotated as Float  # what jaxtyping's are to type checkers
+from typing import Annotated as Inexact
+from typing import Annotated as Shaped
 from typing import Literal, overload
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxwarp import _checks, _primitives
+from jaxwarp import _checks, _numbers, _primitives
 from jaxwarp._checks import AXES, Boundary, Method, Reduce
 from jaxwarp._primitives import Reduction
+from jaxwarp.reference import Fill
 
 
 def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape dims"]:
@@ -47,21 +50,23 @@ def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Ar
 
 
 def gather(
-    image: Float[ArrayLike, "*shape C"],
+    image: Shaped[ArrayLike, "*shape C"],
     points: Float[ArrayLike, "*S dims"],
     *,
     method: Method = "linear",
     boundary: Boundary | Sequence[Boundary] = "constant",
-    fill_value: float = 0.0,
+    fill_value: Fill = 0.0,
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Float[Array, "*S C"]:
+) -> Shaped[Array, "*S C"]:
     """Samples an image at positions: ``out(p) = sum_j g(p, j) image(j)``.
 
     Args:
-      image: ``(H, W, C)`` or ``(D, H, W, C)``; float16, bfloat16, float32 or float64. One image;
-        batches come from `jax.vmap`, which does not copy an image that it does not map.
+      image: ``(H, W, C)`` or ``(D, H, W, C)``; float16, bfloat16, float32, float64, complex64 or
+        complex128; for ``"nearest"`` also bool and integers of 8 to 64 bits, of which every bit is
+        kept. One image; batches come from `jax.vmap`, which does not copy an image that it does not
+        map.
       points: ``(*S, 2)`` or ``(*S, 3)``, positions ``(x, y[, z])`` in pixels; float32 or float64,
         whatever the image has. x runs along W, y along H, z along D; 0 is the centre of the first
         pixel.
@@ -72,7 +77,9 @@ def gather(
         at the centre of that pixel), ``"reflect"`` (at its outer edge) or ``"wrap"`` (periodic). Or
         one for each axis, along ``(x, y[, z])``: ``("wrap", "nearest")`` for a panorama.
       fill_value: the value of every corner outside, under ``"constant"``, with the weight of that
-        corner: it enters the gradient in `points`. A Python float, part of the compiled program.
+        corner: it enters the gradient in `points`. A Python number is a part of the compiled
+        program. An array, ``()`` or ``(C,)``, may be traced and has a gradient, in its own dtype.
+        For integers, what their dtype holds exactly.
       derivative: orders along ``(x, y[, z])``, for example ``(1, 0)`` for the sampled derivative of
         the interpolated image along x. ``None``: the value itself.
       forward_mode: allow `jax.jvp`, `jax.jacfwd` and `jax.linearize` too, where ``False`` allows
@@ -84,14 +91,16 @@ def gather(
         ``None`` reads the environment variable ``JAXWARP_DETERMINISTIC``.
 
     Returns:
-      ``(*S, C)`` in the image's dtype, summed in float32 (float64 for float64).
+      ``(*S, C)`` in the image's dtype, summed in float32 (float64 for float64). Real and imaginary
+      parts are channels of their own.
 
       A position with a NaN gives NaN. An infinite coordinate gives `fill_value` under
       ``"constant"`` (0 if differentiated) and NaN under another boundary of its axis; neither adds
       to the gradient of the image. A
       huge finite one is an ordinary position outside. A non-finite pixel reaches only the samples
       that touch it with a weight other than 0. At an integer coordinate the derivative in `points`
-      is the right-hand one. Each cotangent has the dtype of its primal.
+      is the right-hand one. Each cotangent has the dtype of its primal. Integers, which have no
+      NaN, hold `fill_value` instead, and pass no gradient to `points`.
 
     Raises:
       TypeError: an array of another dtype; half-precision `points`; an option of another type.
@@ -110,7 +119,7 @@ def gather(
     (2021); the gradient is (2). Cubic: Keys, "Cubic convolution interpolation for digital image
     processing" (1981).
     """
-    image, points = _checks.values("image", image), _checks.points(points)
+    image, points = _checks.image("image", image, method), _checks.points(points)
     if image.ndim - 1 not in AXES:
         raise ValueError(
             f"image: expected shape (H, W, C) or (D, H, W, C), got {image.shape}; "
@@ -124,19 +133,21 @@ def gather(
             f"points: expected a last axis of {dims} for a {dims}-D image, got {got}; "
             f"pass {AXES[dims][0]}"
         )
-    sampling = _checks.sampling(
-        method, boundary, fill_value, _checks.orders(derivative, dims), False, deterministic
-    )
+    orders = _checks.orders(derivative, dims)
+    sampling = _checks.sampling(method, boundary, orders, False, deterministic)
     _checks.spatial("image", image.shape[:-1], sampling.boundary)
-    flat = points.reshape(math.prod(points.shape[:-1]), dims)
-    out = _primitives.gather(
-        image, flat, sampling, forward_mode=_checks.flag("forward_mode", forward_mode)
+    out = _numbers.gather(
+        image,
+        points.reshape(math.prod(points.shape[:-1]), dims),
+        sampling,
+        _checks.fill(fill_value, image.dtype, image.shape[-1]),
+        forward_mode=_checks.flag("forward_mode", forward_mode),
     )
     return out.reshape(*points.shape[:-1], image.shape[-1])
 
 
 def splat(
-    values: Float[ArrayLike, "*S C"],
+    values: Inexact[ArrayLike, "*S C"],
     points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
@@ -145,14 +156,15 @@ def splat(
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Float[Array, "*shape C"]:
+) -> Inexact[Array, "*shape C"]:
     """Adds values into an image at positions: ``out(j) = sum_i g(p_i, j) values_i``.
 
     The exact adjoint of `gather` with the same options and ``fill_value=0``:
     ``<gather(image, p), v> == <image, splat(v, p, shape)>``.
 
     Args:
-      values: ``(*S, C)``; float16, bfloat16, float32 or float64. Batches come from `jax.vmap`.
+      values: ``(*S, C)``; float16, bfloat16, float32, float64, complex64 or complex128. Batches
+        come from `jax.vmap`.
       points: ``(*S, 2)`` or ``(*S, 3)``, positions ``(x, y[, z])`` in pixels; float32 or float64.
       shape: spatial shape of the result, ``(H, W)`` or ``(D, H, W)``.
       method, derivative, forward_mode, deterministic: as in `gather`.
@@ -178,9 +190,9 @@ def splat(
     """
     values, points, sizes = _checks.sources(values, points, shape)
     orders = _checks.orders(derivative, len(sizes))
-    sampling = _checks.sampling(method, boundary, 0.0, orders, False, deterministic)
+    sampling = _checks.sampling(method, boundary, orders, False, deterministic)
     _checks.spatial("shape", sizes, sampling.boundary)
-    return _primitives.splat(
+    return _numbers.splat(
         values,
         points,
         None,
@@ -191,22 +203,23 @@ def splat(
 
 
 def backward_warp(
-    image: Float[ArrayLike, "... H W C"],
+    image: Shaped[ArrayLike, "... H W C"],
     flow: Float[ArrayLike, "... h w dims"],
     *,
     method: Method = "linear",
     boundary: Boundary | Sequence[Boundary] = "constant",
-    fill_value: float = 0.0,
+    fill_value: Fill = 0.0,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Float[Array, "... h w C"]:
+) -> Shaped[Array, "... h w C"]:
     """Warps an image backwards along a flow: ``out[q] = image(q + flow[q])``.
 
     Args:
-      image: ``(*batch, H, W, C)`` or ``(*batch, D, H, W, C)``; float16, bfloat16, float32, float64.
+      image: ``(*batch, H, W, C)`` or ``(*batch, D, H, W, C)``; dtypes as in `gather`.
       flow: ``(*batch, h, w, 2)`` or ``(*batch, d, h, w, 3)``, displacements ``(x, y[, z])`` in
-        pixels; the same dtypes, not always the same one. Half-precision flow is added to the pixel
-        in float32. Its spatial shape may be another than that of the image; q counts its pixels.
+        pixels; float16, bfloat16, float32 or float64, whatever the image has. Half-precision flow
+        is added to the pixel in float32. Its spatial shape may be another than that of the image;
+        q counts its pixels.
       method, boundary, fill_value, forward_mode, deterministic: as in `gather`.
 
     Returns:
@@ -229,77 +242,78 @@ def backward_warp(
     Source: equation (1) of Zhiwei Xu, "Notes: CUDA Implementation of Differentiable Image Warping"
     (2021), with p = q + flow[q]; the gradient is (2).
     """
-    image, flow = _checks.values("image", image), _checks.values("flow", flow)
+    image, flow = _checks.image("image", image, method), _checks.real("flow", flow)
     dims = _checks.dims("flow", flow.shape[-1] if flow.ndim else 0)
     _checks.rank("flow", flow, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, {dims})")
     _checks.rank("image", image, dims + 1, f"(*batch, {AXES[dims][1][1:-1]}, C)", "[..., None]")
-    sampling = _checks.sampling(method, boundary, fill_value, (0,) * dims, True, deterministic)
+    sampling = _checks.sampling(method, boundary, (0,) * dims, True, deterministic)
     _checks.spatial("image", image.shape[-1 - dims : -1], sampling.boundary)
     core = dims + 1
     batch = _checks.broadcast({"image": image.shape[:-core], "flow": flow.shape[:-core]})
-    return _primitives.gather(
+    return _numbers.gather(
         _lead(image, core, len(batch)),
         _lead(flow, core, len(batch)),
         sampling,
+        _checks.fill(fill_value, image.dtype, image.shape[-1]),
         forward_mode=_checks.flag("forward_mode", forward_mode),
     )
 
 
 @overload
 def forward_warp(
-    values: Float[ArrayLike, "... H W C"],
+    values: Inexact[ArrayLike, "... H W C"],
     flow: Float[ArrayLike, "... H W dims"],
     *,
     reduce: Reduce = ...,
     importance: Float[ArrayLike, "... H W"] | None = ...,
     method: Method = ...,
     boundary: Boundary | Sequence[Boundary] = ...,
-    fill_value: float = ...,
+    fill_value: Fill = ...,
     min_coverage: float = ...,
     return_coverage: Literal[False] = ...,
     forward_mode: bool = ...,
     deterministic: bool | None = ...,
-) -> Float[Array, "... H W C"]: ...
+) -> Inexact[Array, "... H W C"]: ...
 @overload
 def forward_warp(
-    values: Float[ArrayLike, "... H W C"],
+    values: Inexact[ArrayLike, "... H W C"],
     flow: Float[ArrayLike, "... H W dims"],
     *,
     reduce: Reduce = ...,
     importance: Float[ArrayLike, "... H W"] | None = ...,
     method: Method = ...,
     boundary: Boundary | Sequence[Boundary] = ...,
-    fill_value: float = ...,
+    fill_value: Fill = ...,
     min_coverage: float = ...,
     return_coverage: Literal[True],
     forward_mode: bool = ...,
     deterministic: bool | None = ...,
-) -> tuple[Float[Array, "... H W C"], Float[Array, "... H W"]]: ...
+) -> tuple[Inexact[Array, "... H W C"], Float[Array, "... H W"]]: ...
 def forward_warp(
-    values: Float[ArrayLike, "... H W C"],
+    values: Inexact[ArrayLike, "... H W C"],
     flow: Float[ArrayLike, "... H W dims"],
     *,
     reduce: Reduce = "average",
     importance: Float[ArrayLike, "... H W"] | None = None,
     method: Method = "linear",
     boundary: Boundary | Sequence[Boundary] = "constant",
-    fill_value: float = 0.0,
+    fill_value: Fill = 0.0,
     min_coverage: float = 0.0,
     return_coverage: bool = False,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Float[Array, "... H W C"] | tuple[Float[Array, "... H W C"], Float[Array, "... H W"]]:
+) -> Inexact[Array, "... H W C"] | tuple[Inexact[Array, "... H W C"], Float[Array, "... H W"]]:
     """Warps an image forwards along a flow: the value at pixel r moves to r + flow[r].
 
     With ``N_j = sum_i w_i g(p_i, j) values_i`` and ``D_j = sum_i w_i g(p_i, j)``, the result at
     pixel j is ``N_j / D_j`` (``"average"``, ``"softmax"``) or ``N_j`` (``"sum"``).
 
     Args:
-      values: ``(*batch, H, W, C)`` or ``(*batch, D, H, W, C)``; float16, bfloat16, float32 or
-        float64.
+      values: ``(*batch, H, W, C)`` or ``(*batch, D, H, W, C)``; dtypes as in `splat`.
       flow: ``(*batch, H, W, 2)`` or ``(*batch, D, H, W, 3)``, displacements ``(x, y[, z])`` in
-        pixels; the same dtypes, not always the same one. Half-precision flow is added to the pixel
-        in float32. A value with a non-finite displacement is dropped, and its gradients are 0.
+        pixels; float16, bfloat16, float32 or float64, whatever the values have. Half-precision flow
+        is added to the pixel in float32. A value with a non-finite displacement is dropped, and its
+        gradients are 0.
       reduce: ``"average"``, ``"softmax"`` or ``"sum"``.
       importance: ``(*batch, H, W)`` or ``(*batch, D, H, W)``, the weights w; ``None``: all 1. Must
         be >= 0 for an average. A source of importance 0 adds nothing, whatever its value.
@@ -308,7 +322,8 @@ def forward_warp(
         values meet, that of the largest logit wins. A logit of -inf weighs nothing.
       method: as in `gather`; only ``"sum"`` takes ``"cubic"``, whose weights go negative.
       boundary: as in `splat`.
-      fill_value: the value of a hole; not for ``"sum"``.
+      fill_value: the value of a hole, a number or an array as in `gather`; not for ``"sum"``. An
+        array gets the cotangents of the holes.
       min_coverage: a target with a coverage of no more than this is a hole; not for ``"sum"``. A
         small number, such as 0.01, keeps gradients from exploding where a target gets a sliver of
         a value.
@@ -341,7 +356,7 @@ def forward_warp(
     (2021); the gradient is (6). Softmax: Niklaus and Liu, "Softmax splatting for video frame
     interpolation" (2020).
     """
-    values, flow = _checks.values("values", values), _checks.values("flow", flow)
+    values, flow = _checks.values("values", values), _checks.real("flow", flow)
     dims = _checks.dims("flow", flow.shape[-1] if flow.ndim else 0)
     core, layout = dims + 1, AXES[dims][1][1:-1]
     _checks.rank("flow", flow, core, f"(*batch, {layout}, {dims})")
@@ -354,7 +369,7 @@ def forward_warp(
         )
     batches = {"values": values.shape[:-core], "flow": flow.shape[:-core]}
     if importance is not None:
-        importance = _checks.values("importance", importance)
+        importance = _checks.real("importance", importance)
         if importance.ndim < dims or importance.shape[importance.ndim - dims :] != spatial:
             raise ValueError(
                 f"importance: expected shape (*batch, {layout}) with the flow's spatial shape "
@@ -365,9 +380,10 @@ def forward_warp(
     batch = _checks.broadcast(batches)
 
     _checks.choice("reduce", reduce, _checks.REDUCTIONS)
-    sampling = _checks.sampling(method, boundary, fill_value, (0,) * dims, True, deterministic)
+    sampling = _checks.sampling(method, boundary, (0,) * dims, True, deterministic)
+    fill = _checks.fill(fill_value, values.dtype, values.shape[-1])
     least = _checks.number("min_coverage", min_coverage)
-    if reduce == "sum" and (least != 0 or sampling.fill_value != 0):
+    if reduce == "sum" and (least != 0 or not isinstance(fill, float) or fill != 0):
         raise ValueError(
             "fill_value, min_coverage: expected the defaults with reduce='sum', got "
             f"{fill_value!r} and {min_coverage!r}; a sum has no holes, use reduce='average'"
@@ -386,13 +402,14 @@ def forward_warp(
         raise ValueError(f"min_coverage: expected a number >= 0, got {min_coverage!r}; 0 keeps all")
     _checks.spatial("values", spatial, sampling.boundary)
 
-    results = _primitives.splat(
+    results = _numbers.splat(
         _lead(values, core, len(batch)),
         _lead(flow, core, len(batch)),
         None if importance is None else _lead(importance, dims, len(batch)),
         (*batch, *spatial),
         sampling,
         Reduction(reduce, least, _checks.flag("return_coverage", return_coverage)),
+        fill,
         forward_mode=_checks.flag("forward_mode", forward_mode),
     )
     return (results["image"], results["coverage"]) if return_coverage else results["image"]

@@ -93,7 +93,8 @@ PLAIN = Reduction("sum", 0.0, False)
 
 def accumulator(dtype: DTypeLike) -> np.dtype:
     """The dtype in which sums of `dtype` are taken, and weights of points of `dtype`."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    wide = np.dtype(dtype) in (np.float64, np.complex128)
+    return np.dtype(np.float64 if wide else np.float32)
 
 
 # ---------------------------------------------------------------------------- shapes
@@ -344,7 +345,7 @@ def _splat_in_parts(
     results |= {n: together[..., channels + i] for i, n in enumerate(planes)}
     coverage = results["coverage"]
     divisor = results.get("weight", coverage)
-    hole = _holes(coverage, divisor, reduction)[..., None]
+    hole = holes(coverage, divisor, reduction)[..., None]
     image = image / jnp.where(hole, 1, divisor[..., None])
     results["image"] = jnp.where(hole, sampling.fill_value, image)
     return {name: results[name].astype(x.dtype) for name, x in outputs.items()}
@@ -602,7 +603,7 @@ def _product_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tup
     return out, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(out)
 
 
-def _holes(coverage: Array, divisor: Array, reduction: Reduction) -> Array:
+def holes(coverage: Array, divisor: Array, reduction: Reduction) -> Array:
     return (coverage <= reduction.min_coverage) | (divisor == 0)
 
 
@@ -621,7 +622,7 @@ def _splat_composed(
     image, coverage = total(f), total(one, None)
     if reduction.divides:
         divisor = total(_weighted(one, importance)) if "importance" in operands else coverage
-        hole = _holes(coverage, divisor, reduction)
+        hole = holes(coverage, divisor, reduction)
         ratio = reference._ratio(image, jnp.where(hole, 1, divisor))
         image = jnp.where(hole, sampling.fill_value, ratio)
     return {"image": image.astype(values.dtype), "coverage": coverage[..., 0]}
@@ -677,7 +678,7 @@ def _splat_tangent(
         if "importance" in operands:
             weight = _weighted(one, importance)
             divisor, d_divisor = total(weight), total_tangent(weight, d_weight)
-        hole = _holes(coverage, divisor, reduction)
+        hole = holes(coverage, divisor, reduction)
         divisor = jnp.where(hole, 1, divisor)
         change = (results["d_image"] - total(f) / divisor * d_divisor) / divisor
         results["d_image"] = jnp.where(hole, 0, change)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated as Float  # what jaxtyping's is to type checkers
+from typing import Annotated as Float  # what jaxtyping's are to type checkers
+from typing import Annotated as Inexact
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +17,14 @@ from jax.custom_derivatives import SymbolicZero
 from jax.scipy.sparse.linalg import cg
 from jax.typing import ArrayLike
 
-from jaxwarp import _checks, _primitives
+from jaxwarp import _checks, _numbers, _primitives
 from jaxwarp._primitives import Reduction, Sampling
 
 AVERAGE = Reduction("average", 0.0, False)
 
 
 def reconstruct(
-    values: Float[ArrayLike, "*S C"],
+    values: Inexact[ArrayLike, "*S C"],
     points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
@@ -31,7 +32,7 @@ def reconstruct(
     damping: float = 0.0,
     tol: float = 1e-5,
     max_steps: int = 100,
-) -> Float[Array, "*shape C"]:
+) -> Inexact[Array, "*shape C"]:
     """Finds the image whose samples at the points are the values: the inverse of `gather`.
 
     The result x minimises ``|gather(x, points) - values|^2 + damping |x|^2``, with linear
@@ -39,7 +40,7 @@ def reconstruct(
     One image; batches come from `jax.vmap`, and each image of a batch then has its own last step.
 
     Args:
-      values: ``(*S, C)``; float16, bfloat16, float32 or float64.
+      values: ``(*S, C)``; float16, bfloat16, float32, float64, complex64 or complex128.
       points: ``(*S, 2)`` or ``(*S, 3)``, positions ``(x, y[, z])`` in pixels; float32 or float64.
       shape: spatial shape of the result, ``(H, W)`` or ``(D, H, W)``.
       boundary: as in `gather`, with 0 outside under ``"constant"``.
@@ -84,7 +85,12 @@ def reconstruct(
     variables separate" (1973).
     """
     values, points, sizes = _checks.sources(values, points, shape)
-    sampling = _checks.sampling("linear", boundary, 0.0, (0,) * len(sizes), False, None)
+    if jnp.iscomplexobj(values):
+        limits: dict[str, Any] = {"damping": damping, "tol": tol, "max_steps": max_steps}
+        parts = _numbers.parts_of(values)
+        found = reconstruct(parts, points, shape, boundary=boundary, **limits)
+        return _numbers.complex_of(found)
+    sampling = _checks.sampling("linear", boundary, (0,) * len(sizes), False, None)
     _checks.spatial("shape", sizes, sampling.boundary)
     problem = _Problem(sizes, sampling, *_limits(damping, tol, max_steps))
     exact = values.astype(_primitives.accumulator(values.dtype))

@@ -256,7 +256,7 @@ def to_rgb(
 
 
 def _flow(name: str, x: ArrayLike, dims: tuple[int, ...] = (2, 3)) -> Array:
-    flow = _checks.values(name, x)
+    flow = _checks.real(name, x)
     size = flow.shape[-1] if flow.ndim else 0
     if size not in dims or flow.ndim <= size:
         layouts = {2: "(*batch, H, W, 2)", 3: "(*batch, D, H, W, 3)"}

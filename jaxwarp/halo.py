@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated as Float  # what jaxtyping's is to type checkers
+from typing import Annotated as Float  # what jaxtyping's are to type checkers
+from typing import Annotated as Shaped
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxwarp import _checks, _ops
+from jaxwarp.reference import Fill
 
 __all__ = ["backward_warp"]
 
@@ -28,17 +30,17 @@ REACH = 2  # rows beyond a position that a method touches at most (cubic)
 
 
 def backward_warp(
-    image: Float[ArrayLike, "... H W C"],
+    image: Shaped[ArrayLike, "... H W C"],
     flow: Float[ArrayLike, "... h w dims"],
     *,
     axis_name: str,
     max_displacement: float,
     method: _checks.Method = "linear",
     boundary: _checks.Boundary | Sequence[_checks.Boundary] = "constant",
-    fill_value: float = 0.0,
+    fill_value: Fill = 0.0,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Float[Array, "... h w C"]:
+) -> Shaped[Array, "... h w C"]:
     """`jaxwarp.backward_warp` inside `jax.shard_map`, for an image whose rows are sharded.
 
     Every device sends ``ceil(max_displacement) + 2`` rows to each of its two neighbours, and gets
@@ -51,7 +53,8 @@ def backward_warp(
         displacements ``(x, y[, z])`` in pixels.
       axis_name: the mesh axis over which the rows (slices, in 3-D) are sharded.
       max_displacement: the longest displacement along the sharded axis, in pixels. A longer one, or
-        a NaN, gives NaN and no gradient, never another pixel. The other axes have no such limit.
+        a NaN, gives NaN and no gradient, never another pixel; of integers it gives `fill_value`. The
+        other axes have no such limit.
       method, boundary, fill_value, forward_mode, deterministic: as in `jaxwarp.backward_warp`.
 
     Returns:
@@ -75,11 +78,12 @@ def backward_warp(
     Source: equation (1) of Zhiwei Xu, "Notes: CUDA Implementation of Differentiable Image Warping"
     (2021), as in `jaxwarp.backward_warp`.
     """
-    image, flow = _checks.values("image", image), _checks.values("flow", flow)
+    image, flow = _checks.image("image", image, method), _checks.real("flow", flow)
     dims = _checks.dims("flow", flow.shape[-1] if flow.ndim else 0)
     layout = _checks.AXES[dims][1][1:-1]
     _checks.rank("flow", flow, dims + 1, f"(*batch, {layout}, {dims})")
     _checks.rank("image", image, dims + 1, f"(*batch, {layout}, C)", "[..., None]")
+    fill = jnp.asarray(_checks.fill(fill_value, image.dtype, image.shape[-1]), image.dtype)
     *_, beyond = _checks.boundaries(boundary, dims)  # that of the rows
     axis = -dims - 1  # of the rows
     rows, limit = image.shape[axis], _checks.number("max_displacement", max_displacement)
@@ -105,7 +109,7 @@ def backward_warp(
     below = jax.lax.ppermute(part(0, halo), axis_name, up)
     if beyond != "wrap":  # at both ends of the image, what the boundary says lies there
         if beyond == "constant":
-            first = last = jnp.full_like(above, fill_value)
+            first = last = jnp.broadcast_to(fill, above.shape)
         elif beyond == "nearest":
             first = jnp.broadcast_to(part(0, 1), above.shape)
             last = jnp.broadcast_to(part(rows - 1, rows), below.shape)
@@ -134,4 +138,5 @@ def backward_warp(
         forward_mode=forward_mode,
         deterministic=deterministic,
     )
-    return jnp.where(inside[..., None], out, jnp.nan)
+    nowhere = jnp.nan if jnp.issubdtype(image.dtype, jnp.inexact) else fill
+    return jnp.where(inside[..., None], out, nowhere)

@@ -15,7 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Annotated as Float  # what jaxtyping's is to type checkers
+from typing import Annotated as Float  # what jaxtyping's are to type checkers
+from typing import Annotated as Inexact
+from typing import Annotated as Shaped
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +80,7 @@ def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Ar
 
 
 def gather(
-    image: Float[ArrayLike, "*shape C"],
+    image: Shaped[ArrayLike, "*shape C"],
     points: Float[ArrayLike, "*S dims"],
     *,
     method: str = "linear",
@@ -87,7 +89,7 @@ def gather(
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Float[Array, "*S C"]:
+) -> Shaped[Array, "*S C"]:
     """Samples `image` ``(*shape, C)`` at `points` ``(*S, dims)``: (1), out(p) = sum_j g(p, j) I(j).
 
     `boundary` is one for all axes or (x, y[, z]), `fill_value` one for all channels or ``(C,)``.
@@ -112,7 +114,7 @@ def gather(
 
 
 def splat(
-    values: Float[ArrayLike, "*S C"],
+    values: Inexact[ArrayLike, "*S C"],
     points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
@@ -121,7 +123,7 @@ def splat(
     derivative: Sequence[int] | None = None,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Float[Array, "*shape C"]:
+) -> Inexact[Array, "*shape C"]:
     """Adds `values` ``(*S, C)`` into an image at `points` ``(*S, dims)``: sum_i g(p_i, j) f_i.
 
     N_j of (5), and the adjoint of `gather` with ``fill_value=0``. Returns ``(*shape, C)`` in the
@@ -139,7 +141,7 @@ def splat(
 
 
 def backward_warp(
-    image: Float[ArrayLike, "... H W C"],
+    image: Shaped[ArrayLike, "... H W C"],
     flow: Float[ArrayLike, "... h w dims"],
     *,
     method: str = "linear",
@@ -147,7 +149,7 @@ def backward_warp(
     fill_value: Fill = 0.0,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Float[Array, "... h w C"]:
+) -> Shaped[Array, "... h w C"]:
     """out[q] = image(q + flow[q]): equation (1) with p = q + flow[q].
 
     image: ``(*batch, *shape, C)``. flow: ``(*batch, *S, dims)`` pixels. Returns
@@ -166,7 +168,7 @@ def backward_warp(
 
 
 def forward_warp(
-    values: Float[ArrayLike, "... H W C"],
+    values: Inexact[ArrayLike, "... H W C"],
     flow: Float[ArrayLike, "... H W dims"],
     *,
     reduce: str = "average",
@@ -178,7 +180,7 @@ def forward_warp(
     return_coverage: bool = False,
     forward_mode: bool = False,
     deterministic: bool | None = None,
-) -> Float[Array, "... H W C"] | tuple[Float[Array, "... H W C"], Float[Array, "... H W"]]:
+) -> Inexact[Array, "... H W C"] | tuple[Inexact[Array, "... H W C"], Float[Array, "... H W"]]:
     """Move the value at pixel r to r + flow[r]: equation (5), with f = values and w = importance::
 
         "sum":     out_j = N_j,        N_j = sum_i w_i g(p_i, j) f_i
@@ -237,14 +239,14 @@ def forward_warp(
 
 
 def grid_sample(
-    input: Float[ArrayLike, "... H W"],
+    input: Shaped[ArrayLike, "... H W"],
     grid: Float[ArrayLike, "... h w dims"],
     *,
     mode: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = False,
     forward_mode: bool = False,
-) -> Float[Array, "... h w"]:
+) -> Shaped[Array, "... h w"]:
     """PyTorch's `grid_sample`: (1) with channels first and positions between -1 and 1.
 
     input: ``(*batch, C, *shape)``. grid: ``(*batch, *S, dims)``, see `to_pixels`; S has as many
@@ -274,7 +276,7 @@ def grid_sample(
 
 
 def reconstruct(
-    values: Float[ArrayLike, "*S C"],
+    values: Inexact[ArrayLike, "*S C"],
     points: Float[ArrayLike, "*S dims"],
     shape: Sequence[int],
     *,
@@ -282,7 +284,7 @@ def reconstruct(
     damping: float = 0.0,
     tol: float = 1e-5,
     max_steps: int = 100,
-) -> Float[Array, "*shape C"]:
+) -> Inexact[Array, "*shape C"]:
     """The image ``(*shape, C)`` with samples `values` ``(*S, C)`` at ``(*S, dims)``: equation (3).
 
     In the least-squares sense: the least ``|G x - f|^2 + damping |x|^2``, where row i of the matrix

@@ -17,7 +17,9 @@ AVERAGING = ("nearest", "linear")  # the methods that "average" and "softmax" ac
 MODES = ("nearest", "bilinear", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")
 BOUNDARIES = ("constant", "nearest", "mirror", "reflect", "wrap")
+PER_AXIS = {2: ("wrap", "constant"), 3: ("constant", "reflect", "nearest")}  # a boundary for each
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 SHAPES = {2: (5, 6), 3: (3, 4, 5)}
 # For grid_sample, by (dims, align_corners): sizes in which multiples of 1/64 of a pixel are exact
 # in normalised coordinates, so that ties and integers are where they are meant to be.
@@ -42,7 +44,7 @@ class Case:
     def __str__(self):
         shown = ("reduce", "method", "boundary", "derivative", "mode", "padding_mode")
         options = [self.options[name] for name in shown if name in self.options]
-        options = [o if isinstance(o, str) else "d" + "".join(map(str, o)) for o in options]
+        options = [o if isinstance(o, str) else "+".join(map(str, o)) for o in options]
         options += ["importance"] * self.weighted
         options += ["aligned"] * self.options.get("align_corners", False)
         return "-".join([self.op, f"{self.dims}d", *options])
@@ -136,7 +138,7 @@ def positions(rng, kind, where, shape):
 
 
 def _options(op, method, boundary, **more):
-    fill = {"fill_value": 0.5} if op != "splat" and boundary == "constant" else {}
+    fill = {"fill_value": 0.5} if op != "splat" and "constant" in boundary else {}
     return {"method": method, "boundary": boundary, **more, **fill}
 
 
@@ -181,13 +183,37 @@ GRID_SAMPLE = [
     for padding in PADDINGS
     for align in (False, True)
 ]
-ALL = GATHER_AND_SPLAT + BACKWARD_WARP + FORWARD_WARP + GRID_SAMPLE
+AXES_APART = [
+    *(
+        Case(op, dims, _options(op, method, PER_AXIS[dims], derivative=derivative))
+        for op in ("gather", "splat")
+        for dims in (2, 3)
+        for method in METHODS
+        for derivative in DERIVATIVES[dims][:2]
+    ),
+    *(
+        Case("backward_warp", dims, _options("backward_warp", method, PER_AXIS[dims]))
+        for dims in (2, 3)
+        for method in METHODS
+    ),
+    *(
+        Case(
+            "forward_warp",
+            dims,
+            _forward_options(reduce, "linear", PER_AXIS[dims], dims),
+            reduce == "softmax",
+        )
+        for dims in (2, 3)
+        for reduce in REDUCTIONS
+    ),
+]
+ALL = GATHER_AND_SPLAT + BACKWARD_WARP + FORWARD_WARP + GRID_SAMPLE + AXES_APART
 UNDIFFERENTIATED = [case for case in ALL if not any(case.options.get("derivative", ()))]
 
 # One of each kind, for tests that need not meet every combination of options.
 FEW = [
     Case("gather", 2, _options("gather", "linear", "constant")),
-    Case("gather", 3, _options("gather", "cubic", "mirror")),
+    Case("gather", 3, _options("gather", "cubic", PER_AXIS[3])),
     Case("splat", 2, _options("splat", "linear", "constant")),
     Case("splat", 3, _options("splat", "cubic", "reflect")),
     Case("backward_warp", 2, _options("backward_warp", "linear", "nearest")),

@@ -2,6 +2,7 @@
 
 import re
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ IMAGE, VOLUME = np.ones((5, 6, 3), F), np.ones((3, 4, 5, 2), F)
 POINTS, VALUES = np.zeros((7, 2), F), np.ones((7, 3), F)
 FLOW = np.zeros((5, 6, 2), F)
 EMPTY = np.ones((0, 6, 3), F)
+PIXELS = np.ones((5, 6, 3), np.uint8)
 
 
 def case(error, argument, expected, received, call, *arrays, **options):
@@ -53,9 +55,8 @@ WRONG = [
     case(TypeError, "image", FLOATS, "int32", gather, IMAGE.astype("int32"), POINTS),
     case(TypeError, "image", FLOATS, "uint8", backward, IMAGE.astype("uint8"), FLOW),
     case(TypeError, "image", FLOATS, "bool", gather, IMAGE > 0, POINTS),
-    case(TypeError, "image", FLOATS, "complex64", gather, IMAGE.astype("complex64"), POINTS),
+    case(TypeError, "input", FLOATS, "uint8", sample, IMAGE.astype("uint8"), FLOW),
     case(TypeError, "values", FLOATS, "int32", splat, VALUES.astype("int32"), POINTS),
-    case(TypeError, "values", FLOATS, "complex64", splat, VALUES.astype("complex64"), POINTS),
     case(TypeError, "values", FLOATS, "int32", forward, IMAGE.astype("int32"), FLOW),
     case(TypeError, "points", "float32", "int32", gather, IMAGE, POINTS.astype("int32")),
     case(TypeError, "points", "float32", "float16", gather, IMAGE, POINTS.astype("float16")),
@@ -184,10 +185,58 @@ WRONG = [
     *of_every_warp(ValueError, "boundary", BOUNDARIES, "'zeros'", boundary="zeros"),
     *of_every_warp(TypeError, "forward_mode", "True or False", "1", forward_mode=1),
     *of_every_warp(TypeError, "deterministic", "True or False", "'yes'", deterministic="yes"),
-    case(TypeError, "fill_value", "float", "str", gather, IMAGE, POINTS, fill_value="0"),
-    case(TypeError, "fill_value", "float", "NoneType", backward, IMAGE, FLOW, fill_value=None),
-    case(TypeError, "fill_value", "float", "tuple", forward, IMAGE, FLOW, fill_value=(0, 0, 0)),
-    case(TypeError, "fill_value", "float", "complex", gather, IMAGE, POINTS, fill_value=1j),
+    *of_every_warp(ValueError, "boundary", BOUNDARIES, "'?'", boundary=("wrap", "?")),
+    *of_every_warp(ValueError, "boundary", "2 along (x, y)", "('wrap',)", boundary=("wrap",)),
+    case(
+        ValueError,
+        "image",
+        "axis with boundary 'wrap'",
+        "(0, 6)",
+        gather,
+        EMPTY,
+        POINTS,
+        boundary=("constant", "wrap"),
+    ),
+    case(TypeError, "fill_value", "a number or", "str", gather, IMAGE, POINTS, fill_value="0"),
+    case(TypeError, "fill_value", "number", "NoneType", backward, IMAGE, FLOW, fill_value=None),
+    case(ValueError, "fill_value", "(3,)", "(2,)", forward, IMAGE, FLOW, fill_value=(0, 0)),
+    case(ValueError, "fill_value", "(3,)", "(1, 3)", backward, IMAGE, FLOW, fill_value=[[0, 1, 2]]),
+    case(TypeError, "fill_value", "real", "complex", gather, IMAGE, POINTS, fill_value=1j),
+    case(
+        TypeError,
+        "fill_value",
+        "real",
+        "complex64",
+        forward,
+        IMAGE,
+        FLOW,
+        fill_value=np.ones(3, "complex64"),
+    ),
+    *(
+        case(
+            ValueError,
+            "fill_value",
+            "uint8 holds exactly",
+            repr(fill),
+            gather,
+            PIXELS,
+            POINTS,
+            fill_value=fill,
+            method="nearest",
+        )
+        for fill in (256, -1, 0.5, np.nan, 2**70, 1j, [0, 1, 256], np.array([-1, 0, 1]))
+    ),
+    case(
+        TypeError,
+        "fill_value",
+        "uint8",
+        "int32",
+        gather,
+        PIXELS,
+        POINTS,
+        fill_value=jnp.zeros(3, "int32"),
+        method="nearest",
+    ),
     case(ValueError, "fill_value", "float", "1.8e+308", gather, IMAGE, POINTS, fill_value=10**400),
     case(TypeError, "min_coverage", "float", "str", forward, IMAGE, FLOW, min_coverage="0"),
     case(ValueError, "min_coverage", "0", "-1", forward, IMAGE, FLOW, min_coverage=-1),
@@ -230,16 +279,19 @@ WRONG = [
         method="cubic",
     ),
     case(ValueError, "method", "reduce='average'", "'cubic'", forward, IMAGE, FLOW, method="cubic"),
-    case(
-        ValueError,
-        "fill_value",
-        "reduce='sum'",
-        "2.0",
-        forward,
-        IMAGE,
-        FLOW,
-        reduce="sum",
-        fill_value=2.0,
+    *(
+        case(
+            ValueError,
+            "fill_value",
+            "reduce='sum'",
+            repr(fill),
+            forward,
+            IMAGE,
+            FLOW,
+            reduce="sum",
+            fill_value=fill,
+        )
+        for fill in (2.0, np.zeros(3))
     ),
     case(
         ValueError,
@@ -315,13 +367,46 @@ def test_static_options_cannot_be_traced():
         with pytest.raises(TypeError, match=f"{option}: expected a Python .*, got .*; .*"):
             jax.jit(find)(1)
 
-    for option in ("fill_value", "min_coverage"):
+    def warp(value):
+        return jaxwarp.forward_warp(IMAGE, FLOW, min_coverage=value)
 
-        def warp(value, option=option):
-            return jaxwarp.forward_warp(IMAGE, FLOW, **{option: value})
+    with pytest.raises(TypeError, match=r"min_coverage: expected a Python float, got .*; .*"):
+        jax.jit(warp)(0.5)
 
-        with pytest.raises(TypeError, match=f"{option}: expected a Python float, got .*; .*"):
-            jax.jit(warp)(0.5)
+
+@pytest.mark.parametrize("dtype", [*cases.INTEGERS, "int4", "float8_e4m3fn"])
+def test_no_error_advises_a_conversion_that_loses_bits(dtype):
+    dtype = jnp.dtype(dtype)
+    calls = [
+        lambda: gather(jnp.ones((5, 6, 3), dtype), POINTS),
+        lambda: backward(jnp.ones((5, 6, 3), dtype), FLOW, method="cubic"),
+        lambda: sample(jnp.ones((5, 6, 3), dtype), FLOW),
+        lambda: splat(jnp.ones((7, 3), dtype), POINTS),
+        lambda: forward(IMAGE, jnp.zeros((5, 6, 2), dtype)),
+        lambda: weighted(jnp.ones((5, 6), dtype)),
+        lambda: gather(IMAGE, jnp.zeros((7, 2), dtype)),
+        lambda: reconstruct(jnp.ones((7, 3), dtype), POINTS),
+        lambda: jaxwarp.flow.invert(jnp.zeros((5, 6, 2), dtype)),
+        lambda: jaxwarp.to_pixels(jnp.zeros((5, 6, 2), dtype), (5, 6), align_corners=True),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError) as raised:
+            call()
+        advised = re.findall(r"astype\(jnp\.(\w+)\)", str(raised.value))
+        assert len(advised) == (dtype.itemsize < 8), raised.value
+        numbers = [True, False]
+        if jnp.issubdtype(dtype, jnp.integer):
+            info = jnp.iinfo(dtype)
+            numbers += [info.min, info.max, info.max - 1]
+        for x in (jnp.array(n, dtype) for n in numbers):
+            for wider in advised:
+                assert float(x.astype(wider)) == x
+
+
+def test_integers_are_told_of_nearest():
+    for call, where, option in ((gather, POINTS, "method"), (sample, FLOW, "mode")):
+        with pytest.raises(TypeError, match=f"pass {option}='nearest', which keeps every bit"):
+            call(PIXELS, where)
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4)], ids=str)

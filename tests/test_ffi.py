@@ -244,6 +244,9 @@ def test_missing_operands(which):
     [
         ("method", "quintic"),
         ("boundary", "?"),
+        ("boundary", ""),
+        ("boundary", "wrap ?"),
+        ("boundary", "wrap wrap wrap"),
         ("reduce", "median"),
         ("derivative", (-1, 0)),
         ("derivative", (0, 0, 0, 0)),
@@ -257,5 +260,7 @@ def test_wrong_options(which, option, value):
 
 @pytest.mark.parametrize("boundary", ["nearest", "mirror", "reflect", "wrap"])
 def test_empty_image(boundary):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="an axis of size 0"):
-        call("gather", shapes={"image": (0, 6, 3)}, boundary=boundary)
+    for given in (boundary, f"constant {boundary}"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="an axis of size 0"):
+            call("gather", shapes={"image": (0, 6, 3)}, boundary=given)
+    call("gather", shapes={"image": (0, 6, 3)}, boundary=f"{boundary} constant")

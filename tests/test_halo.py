@@ -40,12 +40,13 @@ def with_cotangents(function):
     return compute
 
 
-@pytest.mark.parametrize("boundary", cases.BOUNDARIES)
+@pytest.mark.parametrize("boundary", [*cases.BOUNDARIES, "one for each axis"])
 @pytest.mark.parametrize("method", cases.METHODS)
 @pytest.mark.parametrize("dims", [2, 3])
 def test_equals_one_device(dims, method, boundary):
+    boundary = cases.PER_AXIS[dims] if boundary == "one for each axis" else boundary
     options = {"method": method, "boundary": boundary}
-    options |= {"fill_value": 0.5} if boundary == "constant" else {}
+    options |= {"fill_value": 0.5} if "constant" in boundary else {}
     image, flow = inputs(dims)
     actual = with_cotangents(sharded(**options))(image, flow)
     expected = with_cotangents(partial(jaxwarp.backward_warp, **options))(image, flow)
@@ -78,6 +79,19 @@ def test_beyond_the_halo_is_nan_and_never_another_pixel(wrong):
 
     expected = with_cotangents(others)(image, flow)
     cases.assert_close((out, (ct_image, ct_flow)), expected, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "complex128"])
+def test_other_numbers_and_arrays_as_fill(dtype):
+    image, flow = inputs(2)
+    image = (2**10 * image).astype(dtype)
+    flow[1, 9, 2, 1] = np.nan
+    fill = np.array([0, 1, 1]).astype(dtype)
+    for boundary in ("constant", ("wrap", "nearest")):
+        options = {"method": "nearest", "boundary": boundary, "fill_value": fill}
+        actual = sharded(**options)(image, flow)
+        expected = jaxwarp.backward_warp(image, flow, **options)
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -53,6 +53,40 @@ def test_nearest_takes_ties_to_even():
     )
 
 
+NUMPY_MODES = {"nearest": "edge", "mirror": "reflect", "reflect": "symmetric", "wrap": "wrap"}
+
+
+@pytest.mark.parametrize("method", ["linear", "cubic"])
+def test_a_boundary_for_each_axis_is_an_image_padded_along_each(method):
+    rng, beyond = np.random.default_rng(0), 9
+    image, ct = rng.standard_normal((5, 6, 2)), rng.standard_normal((60, 2))
+    points = rng.uniform(-6, 12, (60, 2))
+    for boundary in itertools.product(cases.BOUNDARIES, repeat=2):
+        padded = image
+        for axis, along in enumerate(boundary[::-1]):
+            pad = [(0, 0)] * 3
+            pad[axis] = (beyond, beyond)
+            more = {"constant_values": 0.7} if along == "constant" else {}
+            padded = np.pad(padded, pad, NUMPY_MODES.get(along, "constant"), **more)
+
+        def sampled(image, points, boundary=boundary):
+            return call("gather", image, points, method=method, boundary=boundary, fill_value=0.7)
+
+        out, pull = jax.vjp(sampled, image, points)
+        expected, expected_pull = jax.vjp(sampled, padded, points + beyond)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=ROUNDING)
+        np.testing.assert_allclose(pull(ct)[1], expected_pull(ct)[1], rtol=0, atol=1e-11)
+
+
+def test_an_infinite_coordinate_asks_the_boundary_of_its_axis():
+    points = [[np.inf, 1], [1, -np.inf], [np.inf, np.inf], [np.nan, 1], [1, np.nan]]
+    image = np.ones((2, 3, 1))
+    for derivative, far in (((0, 0), 0.5), ((0, 1), 0)):
+        options = {"boundary": ("wrap", "constant"), "fill_value": 0.5, "derivative": derivative}
+        out = call("gather", image, np.array(points), **options)[:, 0]
+        np.testing.assert_array_equal(out, [np.nan, far, np.nan, np.nan, np.nan])
+
+
 # -------------------------------------------------------------------------------------- PyTorch
 
 # boundary -> padding_mode and align_corners of grid_sample. In pixels the latter decides only what

@@ -31,7 +31,7 @@ EVERY_TRANSFORMATION = [
 ]
 SOME_TRANSFORMATIONS = [
     cases.Case("gather", 3, {"method": "cubic", "boundary": "reflect", "derivative": (0, 1, 0)}),
-    cases.Case("splat", 3, {"method": "cubic", "boundary": "wrap"}),
+    cases.Case("splat", 3, {"method": "cubic", "boundary": cases.PER_AXIS[3]}),
     cases.Case("backward_warp", 3, {"method": "cubic", "boundary": "mirror", "fill_value": 0.5}),
     cases.Case("forward_warp", 3, {"reduce": "sum", "method": "cubic", "boundary": "nearest"}),
     cases.Case("forward_warp", 3, {"reduce": "average", "return_coverage": True}, weighted=True),

@@ -17,7 +17,7 @@ import pytest
 import jaxwarp
 from jaxwarp import flow, halo, reference
 
-DTYPES = {"Float": jaxtyping.Float, "UInt8": jaxtyping.UInt8}
+DTYPES = {n: getattr(jaxtyping, n) for n in ("Float", "Inexact", "Shaped", "UInt8")}
 FUNCTIONS = [getattr(jaxwarp, name) for name in reference.__all__]
 FUNCTIONS += [getattr(module, name) for module in (flow, halo) for name in module.__all__]
 # An image and another: of the same rows, or slices in 3-D, as the halo needs them.
@@ -93,7 +93,10 @@ def test_calls_are_as_annotated(dims, batched, dtype):
         arrays = {n: np.zeros(s, wide if n == "points" else dtype) for n, s in shapes.items()}
         for name, array in arrays.items():
             assert matches(array, hints[name]), (function, name)  # of NumPy too
-            assert not matches(array.astype(int), hints[name]), (function, name)
+            takes_integers = matches(array.astype(int), hints[name])
+            assert takes_integers == (name in ("image", "input")), (function, name)
+            takes_complex = matches(array.astype(complex), hints[name])
+            assert takes_complex == (name in ("image", "input", "values")), (function, name)
             assert not matches(0.0, hints[name]), (function, name)
         call = partial(checked, function, hints, more)
         if function is halo.backward_warp:  # on one device
@@ -119,4 +122,5 @@ def test_reference_is_annotated_likewise(name):
 
 def test_help_shows_shapes():
     text = pydoc.render_doc(jaxwarp.gather, renderer=pydoc.plaintext)
-    assert "Float[ArrayLike, '*shape C']" in text
+    assert "Shaped[ArrayLike, '*shape C']" in text
+    assert "Float[ArrayLike, '*S dims']" in text

@@ -1,0 +1,158 @@
+"""Complex numbers, integers, and arrays as fill: by the primitives, which know real floating-point
+numbers and one number as fill."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxwarp import _primitives, reference
+from jaxwarp._primitives import PLAIN, Operands, Reduction, Sampling, Shape
+
+Fill = float | Array  # a part of the program; or an array, () or (C,)
+PIECE = 16  # bits of an integer that go into one channel: so many are exact in float32
+
+
+def gather(
+    image: Array, points: Array, sampling: Sampling, fill: Fill, *, forward_mode: bool
+) -> Array:
+    """`_primitives.gather` of an image of any dtype; of an integer one the fill has its dtype."""
+    dims = points.shape[-1]
+    of_image = sampling.channel_axis(dims + 1)
+    of_values = sampling.channel_axis(dims + 1 if sampling.displacement else 2)
+    if jnp.iscomplexobj(image):
+        fill = _parts_of_fill(fill, image.shape[of_image])
+        parts = parts_of(image, of_image)
+        out = gather(parts, points, sampling, fill, forward_mode=forward_mode)
+        return complex_of(out, of_values)
+    if not jnp.issubdtype(image.dtype, jnp.floating):
+        # Nothing moves as the points do, so neither mode of differentiation is asked for more.
+        points = jax.lax.stop_gradient(points)
+        pieces = _pieces(image)
+        sampling = sampling._replace(fill_value=-1.0)  # which no piece is
+        out = _primitives.gather(_joined(pieces, of_image), points, sampling)
+        found = _apart(out, len(pieces), of_values)
+        return jnp.where(found[0] >= 0, _whole(found, image.dtype), fill)
+    if isinstance(fill, float):
+        sampling = sampling._replace(fill_value=fill)
+        return _primitives.gather(image, points, sampling, forward_mode=forward_mode)
+    exact = image.astype(_primitives.accumulator(image.dtype))  # the sum is rounded once
+    inside = _primitives.gather(exact, points, sampling, forward_mode=forward_mode)
+    points = points.astype(jnp.promote_types(points.dtype, exact.dtype))
+    share, touches = _outside(points, image.shape[-dims - 1 : -1], sampling)
+    fill = jnp.where(touches[..., None], fill.astype(exact.dtype), 0)
+    outside = reference._weighted(share.astype(exact.dtype)[..., None], fill)
+    return (inside + outside).astype(image.dtype)
+
+
+def splat(
+    values: Array,
+    points: Array,
+    importance: Array | None,
+    shape: Shape,
+    sampling: Sampling,
+    reduction: Reduction = PLAIN,
+    fill: Fill = 0.0,
+    *,
+    forward_mode: bool,
+) -> Operands:
+    """`_primitives.splat` of values of any dtype but integers."""
+    rest: dict[str, Any] = {"reduction": reduction, "forward_mode": forward_mode}
+    if jnp.iscomplexobj(values):
+        fill = _parts_of_fill(fill, values.shape[-1])
+        results = splat(parts_of(values), points, importance, shape, sampling, fill=fill, **rest)
+        return results | {"image": complex_of(results["image"])}
+    if isinstance(fill, float):
+        sampling = sampling._replace(fill_value=fill)
+        return _primitives.splat(values, points, importance, shape, sampling, **rest)
+    results = _primitives.splat(values, points, importance, shape, sampling, **rest)
+    coverage = results["coverage"]
+    hole = _primitives.holes(coverage, results.get("weight", coverage), reduction)
+    image = jnp.where(hole[..., None], fill.astype(values.dtype), results["image"])
+    return results | {"image": image}
+
+
+def _outside(points: Array, shape: Shape, sampling: Sampling) -> tuple[Array, Array]:
+    """Of every point, the sum of its weights outside the image, and whether a corner lies there.
+
+    Weights are products along the axes, so this takes no corners: all weights of some axes sum up
+    to `inside` and `outside`, and one axis more makes four products of them.
+    """
+    if sampling.displacement:
+        points = reference._displaced(points)
+    finite = jnp.isfinite(points).all(-1)
+    at = jnp.where(finite[..., None], points, 0)
+    inside, outside = jnp.ones_like(at[..., 0]), jnp.zeros_like(at[..., 0])
+    touches = ~finite
+    for a, (boundary, order) in enumerate(zip(sampling.boundary, sampling.derivative, strict=True)):
+        n = shape[-1 - a]
+        index, weight = reference._taps(at[..., a], n, sampling.method, boundary, order)
+        beyond = ((index < 1) | (index > n)) & (boundary == "constant")
+        along = jnp.where(beyond, 0, weight).sum(-1)
+        past = jnp.where(beyond, weight, 0).sum(-1)
+        outside = outside * (along + past) + inside * past
+        inside = inside * along
+        touches = touches | beyond.any(-1)
+    # Infinitely far outside; what is nowhere has a sample of NaN already.
+    far = 0 if any(sampling.derivative) else 1
+    return jnp.where(finite, outside, far), touches
+
+
+def parts_of(x: Array, axis: int = -1) -> Array:
+    """Real and imaginary part of each channel side by side, along the axis of the channels."""
+    return _joined([x.real, x.imag], axis)
+
+
+def complex_of(parts: Array, axis: int = -1) -> Array:
+    """The inverse of `parts_of`."""
+    return jax.lax.complex(*_apart(parts, 2, axis))
+
+
+def _parts_of_fill(fill: Fill, channels: int) -> Fill:
+    if isinstance(fill, float) and fill == 0:
+        return fill
+    return parts_of(jnp.broadcast_to(fill, (channels,)))
+
+
+def _pieces(image: Array) -> list[Array]:
+    """An image of integers or bools as images of float32: of PIECE bits each, not negative."""
+    if image.dtype.kind == "b":
+        return [image.astype(jnp.float32)]
+    unsigned, shifts = _layout(image.dtype)
+    words = jax.lax.bitcast_convert_type(image, unsigned)
+    return [((words >> shift) & (2**PIECE - 1)).astype(jnp.float32) for shift in shifts]
+
+
+def _whole(pieces: list[Array], dtype: np.dtype) -> Array:
+    """The inverse of `_pieces`; of pieces below 0, or NaN, some number."""
+    if dtype.kind == "b":
+        return pieces[0] > 0
+    unsigned, shifts = _layout(dtype)
+    words = jnp.zeros(pieces[0].shape, unsigned)
+    for piece, shift in zip(pieces, shifts, strict=True):
+        words |= jnp.where(piece > 0, piece, 0).astype(unsigned) << shift
+    return jax.lax.bitcast_convert_type(words, dtype)
+
+
+def _layout(dtype: np.dtype) -> tuple[np.dtype, range]:
+    bits = jnp.iinfo(dtype).bits
+    return np.dtype(f"uint{bits}"), range(0, bits, PIECE)
+
+
+# Channels side by side: the parts of a channel are neighbours, so that an array which is sharded
+# over its channels stays where it is.
+
+
+def _joined(parts: Sequence[Array], axis: int) -> Array:
+    shape = list(parts[0].shape)
+    shape[axis] *= len(parts)
+    return jnp.stack(parts, axis).reshape(shape)
+
+
+def _apart(x: Array, count: int, axis: int) -> list[Array]:
+    at = x.ndim + axis
+    parts = x.reshape(*x.shape[:at], x.shape[at] // count, count, *x.shape[at + 1 :])
+    return [jax.lax.index_in_dim(parts, i, at + 1, keepdims=False) for i in range(count)]
