@@ -1,7 +1,6 @@
 """Complex numbers, integers, and arrays as fill: by the primitives, which know real floating-point
 numbers and one number as fill."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxwarp import _primitives, reference
+from jaxwarp import _formulas, _primitives
+from jaxwarp._formulas import apart, complex_of, parts_of, side_by_side
 from jaxwarp._primitives import PLAIN, Operands, Reduction, Sampling, Shape
 
 Fill = float | Array  # a part of the program; or an array, () or (C,)
@@ -33,9 +33,11 @@ def gather(
         points = jax.lax.stop_gradient(points)
         pieces = _pieces(image)
         sampling = sampling._replace(fill_value=-1.0)  # which no piece is
-        out = _primitives.gather(_joined(pieces, of_image), points, sampling)
-        found = _apart(out, len(pieces), of_values)
+        out = _primitives.gather(side_by_side(pieces, of_image), points, sampling)
+        found = apart(out, len(pieces), of_values)
         return jnp.where(found[0] >= 0, _whole(found, image.dtype), fill)
+    if "constant" not in sampling.boundary:
+        fill = 0.0  # nothing lies outside
     if isinstance(fill, float):
         sampling = sampling._replace(fill_value=fill)
         return _primitives.gather(image, points, sampling, forward_mode=forward_mode)
@@ -44,7 +46,7 @@ def gather(
     points = points.astype(jnp.promote_types(points.dtype, exact.dtype))
     share, touches = _outside(points, image.shape[-dims - 1 : -1], sampling)
     fill = jnp.where(touches[..., None], fill.astype(exact.dtype), 0)
-    outside = reference._weighted(share.astype(exact.dtype)[..., None], fill)
+    outside = _formulas.weighted(share.astype(exact.dtype)[..., None], fill)
     return (inside + outside).astype(image.dtype)
 
 
@@ -82,14 +84,14 @@ def _outside(points: Array, shape: Shape, sampling: Sampling) -> tuple[Array, Ar
     to `inside` and `outside`, and one axis more makes four products of them.
     """
     if sampling.displacement:
-        points = reference._displaced(points)
+        points = _formulas.displaced(points)
     finite = jnp.isfinite(points).all(-1)
     at = jnp.where(finite[..., None], points, 0)
     inside, outside = jnp.ones_like(at[..., 0]), jnp.zeros_like(at[..., 0])
     touches = ~finite
     for a, (boundary, order) in enumerate(zip(sampling.boundary, sampling.derivative, strict=True)):
         n = shape[-1 - a]
-        index, weight = reference._taps(at[..., a], n, sampling.method, boundary, order)
+        index, weight = _formulas.axis_taps(at[..., a], n, sampling.method, boundary, order)
         beyond = ((index < 1) | (index > n)) & (boundary == "constant")
         along = jnp.where(beyond, 0, weight).sum(-1)
         past = jnp.where(beyond, weight, 0).sum(-1)
@@ -99,16 +101,6 @@ def _outside(points: Array, shape: Shape, sampling: Sampling) -> tuple[Array, Ar
     # Infinitely far outside; what is nowhere has a sample of NaN already.
     far = 0 if any(sampling.derivative) else 1
     return jnp.where(finite, outside, far), touches
-
-
-def parts_of(x: Array, axis: int = -1) -> Array:
-    """Real and imaginary part of each channel side by side, along the axis of the channels."""
-    return _joined([x.real, x.imag], axis)
-
-
-def complex_of(parts: Array, axis: int = -1) -> Array:
-    """The inverse of `parts_of`."""
-    return jax.lax.complex(*_apart(parts, 2, axis))
 
 
 def _parts_of_fill(fill: Fill, channels: int) -> Fill:
@@ -140,19 +132,3 @@ def _whole(pieces: list[Array], dtype: np.dtype) -> Array:
 def _layout(dtype: np.dtype) -> tuple[np.dtype, range]:
     bits = jnp.iinfo(dtype).bits
     return np.dtype(f"uint{bits}"), range(0, bits, PIECE)
-
-
-# Channels side by side: the parts of a channel are neighbours, so that an array which is sharded
-# over its channels stays where it is.
-
-
-def _joined(parts: Sequence[Array], axis: int) -> Array:
-    shape = list(parts[0].shape)
-    shape[axis] *= len(parts)
-    return jnp.stack(parts, axis).reshape(shape)
-
-
-def _apart(x: Array, count: int, axis: int) -> list[Array]:
-    at = x.ndim + axis
-    parts = x.reshape(*x.shape[:at], x.shape[at] // count, count, *x.shape[at + 1 :])
-    return [jax.lax.index_in_dim(parts, i, at + 1, keepdims=False) for i in range(count)]

@@ -1,6 +1,6 @@
 """Gather and splat in plain jnp, where there are no kernels: called like `_ffi.call`, same results.
 
-The formulas are those of `jaxwarp.reference`; this file adds batch axes, layouts, given peaks. The
+The formulas are those of `_formulas`; this file adds batch axes, layouts, given peaks. The
 derivatives of both are compositions of them, in `_primitives`.
 """
 
@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh
 
-from jaxwarp import reference
+from jaxwarp import _formulas
 
 Shape = tuple[int, ...]
 Operands = dict[str, Any]
@@ -89,7 +89,7 @@ def _compute(
     dims = len(derivative)
     grid = points.shape[-1 - dims : -1] if displacement else points.shape[-2:-1]
     rank = points.ndim - len(grid) - 1  # of the batch axes
-    operands = inputs | {"points": reference._displaced(points) if displacement else points}
+    operands = inputs | {"points": _formulas.displaced(points) if displacement else points}
     for name in {"image", "values"} & operands.keys() if channels_first else ():
         operands[name] = jnp.moveaxis(operands[name], rank, -1)
     for name in OF_POINTS & operands.keys():  # the axes of the grid become one
@@ -160,16 +160,16 @@ def _gather(
 ) -> Operands:
     """(1), with the weight exp(importance - peak) where there is one."""
     image, points = operands["image"], operands["points"]
-    image = image.astype(reference._at_least_float32(image))
+    image = image.astype(_formulas.at_least_float32(image))
     if "peak" not in operands:
-        sampled = reference._gather(image, points, fill_value, method, boundary, derivative)
+        sampled = _formulas.gather(image, points, fill_value, method, boundary, derivative)
         return {"values": sampled}
-    finite = reference._finite(points)
+    finite = _formulas.is_finite(points)
     points = jnp.where(finite, points, 0)
-    j, g = reference._corners(points, image.shape[:-1], method, boundary, derivative)
+    j, g = _formulas.corners(points, image.shape[:-1], method, boundary, derivative)
     weight = _softmax_weight(operands, g.astype(image.dtype), j, boundary)
-    padded = reference._padded(image, boundary, fill_value)
-    sampled = reference._weighted(weight[..., None], padded[j]).sum(-2)
+    padded = _formulas.with_ring(image, boundary, fill_value)
+    sampled = _formulas.weighted(weight[..., None], padded[j]).sum(-2)
     return {"values": jnp.where(finite, sampled, jnp.nan)}
 
 
@@ -187,15 +187,15 @@ def _splat(
     """(5), and the planes that its derivatives need."""
     values, points = operands["values"], operands["points"]
     importance = operands.get("importance")
-    values = values.astype(reference._at_least_float32(values))
+    values = values.astype(_formulas.at_least_float32(values))
 
-    finite = reference._finite(points)
+    finite = _formulas.is_finite(points)
     points = jnp.where(finite, points, 0)
-    j, g = reference._corners(points, shape, method, boundary, derivative)
+    j, g = _formulas.corners(points, shape, method, boundary, derivative)
     g = jnp.where(finite, g.astype(values.dtype), 0)
 
     def total(g: Array, f: Array) -> Array:
-        return reference._added(reference._weighted(g[..., None], f[:, None]), j, shape, boundary)
+        return _formulas.added(_formulas.weighted(g[..., None], f[:, None]), j, shape, boundary)
 
     one = jnp.ones((points.shape[0], 1), values.dtype)
     results = {"coverage": total(g, one)[..., 0]}
@@ -203,13 +203,13 @@ def _splat(
     if reduce == "softmax" or "peak" in operands:
         if "peak" not in operands:
             logits = jnp.where(finite, operands["importance"][:, None], -jnp.inf)
-            peak = reference._peak(points, logits, shape, method, boundary)
-            results["peak"] = reference._inside(peak, shape, boundary)
+            peak = _formulas.peaks(points, logits, shape, method, boundary)
+            results["peak"] = _formulas.without_ring(peak, shape, boundary)
         w = _softmax_weight(results | operands, g, j, boundary)
         image, divisor = total(w, values), total(w, one)[..., 0]
     elif importance is not None:
         w = importance[:, None].astype(values.dtype)
-        image, divisor = total(g, reference._weighted(w, values)), total(g, w)[..., 0]
+        image, divisor = total(g, _formulas.weighted(w, values)), total(g, w)[..., 0]
     else:
         image = total(g, values)
     if reduce != "sum":
@@ -223,6 +223,6 @@ def _softmax_weight(
 ) -> Array:
     """g exp(importance - peak) at the corners j; 0 outside, and for a logit of -inf."""
     logits, peak = operands["importance"][:, None], operands["peak"]
-    peak = reference._padded(peak[..., None], boundary, jnp.inf)[..., 0]
-    weight = reference._weighted(g, reference._exponential(logits, peak[j]))
+    peak = _formulas.with_ring(peak[..., None], boundary, jnp.inf)[..., 0]
+    weight = _formulas.weighted(g, _formulas.exponential(logits, peak[j]))
     return jnp.where(logits == -jnp.inf, 0, weight)

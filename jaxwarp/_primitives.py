@@ -32,7 +32,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
-from jaxwarp import _ffi, _plain, _sharding, reference
+from jaxwarp import _ffi, _formulas, _plain, _sharding
 from jaxwarp._sharding import BATCH, CHANNEL, COORDINATE, GRID, SPATIAL, Labels, Shard
 
 # Dicts of operands and results are in the order of their names, as jax orders a dict.
@@ -623,7 +623,7 @@ def _splat_composed(
     if reduction.divides:
         divisor = total(_weighted(one, importance)) if "importance" in operands else coverage
         hole = holes(coverage, divisor, reduction)
-        ratio = reference._ratio(image, jnp.where(hole, 1, divisor))
+        ratio = _formulas.ratio(image, jnp.where(hole, 1, divisor))
         image = jnp.where(hole, sampling.fill_value, ratio)
     return {"image": image.astype(values.dtype), "coverage": coverage[..., 0]}
 

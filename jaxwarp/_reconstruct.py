@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.scipy.sparse.linalg import cg
 from jax.typing import ArrayLike
 
-from jaxwarp import _checks, _numbers, _primitives
+from jaxwarp import _checks, _formulas, _primitives
 from jaxwarp._primitives import Reduction, Sampling
 
 AVERAGE = Reduction("average", 0.0, False)
@@ -87,9 +87,9 @@ def reconstruct(
     values, points, sizes = _checks.sources(values, points, shape)
     if jnp.iscomplexobj(values):
         limits: dict[str, Any] = {"damping": damping, "tol": tol, "max_steps": max_steps}
-        parts = _numbers.parts_of(values)
+        parts = _formulas.parts_of(values)
         found = reconstruct(parts, points, shape, boundary=boundary, **limits)
-        return _numbers.complex_of(found)
+        return _formulas.complex_of(found)
     sampling = _checks.sampling("linear", boundary, (0,) * len(sizes), False, None)
     _checks.spatial("shape", sizes, sampling.boundary)
     problem = _Problem(sizes, sampling, *_limits(damping, tol, max_steps))

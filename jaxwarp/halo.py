@@ -53,8 +53,8 @@ def backward_warp(
         displacements ``(x, y[, z])`` in pixels.
       axis_name: the mesh axis over which the rows (slices, in 3-D) are sharded.
       max_displacement: the longest displacement along the sharded axis, in pixels. A longer one, or
-        a NaN, gives NaN and no gradient, never another pixel; of integers it gives `fill_value`. The
-        other axes have no such limit.
+        a NaN, gives NaN (`fill_value` of integers) and no gradient, never another pixel. The other
+        axes have no such limit.
       method, boundary, fill_value, forward_mode, deterministic: as in `jaxwarp.backward_warp`.
 
     Returns:

@@ -13,17 +13,27 @@ of an image, ``S`` any shape of points, ``dims`` is 2 or 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Annotated as Float  # what jaxtyping's are to type checkers
 from typing import Annotated as Inexact
 from typing import Annotated as Shaped
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+
+from jaxwarp import _formulas
+from jaxwarp._formulas import (
+    at_least_float32,
+    boundaries_of,
+    complex_of,
+    displaced,
+    is_finite,
+    parts_of,
+    ratio,
+    weighted,
+)
 
 __all__ = [
     "backward_warp",
@@ -43,40 +53,11 @@ def __dir__() -> list[str]:
 
 
 Fill = ArrayLike  # (), or (C,) for each channel
-_Boundaries = tuple[str, ...]  # along x, y[, z]
-_Taps = dict[int, tuple[float, ...]]  # tap -> coefficients of its weight
-
-
-def _keys(a: float) -> _Taps:
-    """The cubic kernel of Keys with parameter a, as an entry of METHODS."""
-    return {
-        -1: (a, -2 * a, a, 0.0),
-        0: (a + 2, -a - 3, 0.0, 1.0),
-        1: (-a - 2, 2 * a + 3, -a, 0.0),
-        2: (-a, a, 0.0, 0.0),
-    }
-
-
-# method -> (rounding that gives the base pixel, {tap: its weight as a polynomial in t}), with
-# t = x - base and the highest power first. floor makes t in [0, 1): every derivative is that of the
-# right-hand cell. "bicubic" is the mode of `grid_sample`, in 3-D too.
-METHODS: dict[str, tuple[Callable[[Array], Array], _Taps]] = {
-    "nearest": (jnp.round, {0: (1.0,)}),  # jnp.round takes ties to even
-    "linear": (jnp.floor, {0: (-1.0, 1.0), 1: (1.0, 0.0)}),
-    "cubic": (jnp.floor, _keys(-0.5)),
-    "bicubic": (jnp.floor, _keys(-0.75)),
-}
-PERIODS: dict[str, Callable[[int], ArrayLike]] = {
-    "mirror": lambda n: jnp.maximum(2 * n - 2, 1),  # n may be a symbolic size, of which max is none
-    "reflect": lambda n: 2 * n,
-    "wrap": lambda n: n,
-}
 
 
 def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape dims"]:
     """Positions of the pixels of an image, ``(*shape, dims)``; `shape` is (H, W) or (D, H, W)."""
-    axes = jnp.meshgrid(*(jnp.arange(n, dtype=dtype) for n in shape), indexing="ij")
-    return jnp.stack(axes[::-1], axis=-1)
+    return _formulas.pixel_positions(shape, dtype)
 
 
 def gather(
@@ -101,16 +82,17 @@ def gather(
     """
     image, points = jnp.asarray(image), jnp.asarray(points)
     if jnp.iscomplexobj(image):
-        parts, fill = _parts(image), _parts(jnp.broadcast_to(fill_value, image.shape[-1:]))
+        fill = parts_of(jnp.broadcast_to(fill_value, image.shape[-1:]))
         options = {"method": method, "boundary": boundary, "derivative": derivative}
-        return _joined(gather(parts, points, fill_value=fill, **options))
-    boundary = _boundaries(boundary, points.shape[-1])
+        return complex_of(gather(parts_of(image), points, fill_value=fill, **options))
+    boundary = boundaries_of(boundary, points.shape[-1])
     if not jnp.issubdtype(image.dtype, jnp.floating):
-        return _pick(image, points, boundary, fill_value)
+        return _formulas.pick(image, points, boundary, fill_value)
     derivative = tuple(derivative or (0,) * points.shape[-1])
-    accumulated = image.astype(_at_least_float32(image))
+    accumulated = image.astype(at_least_float32(image))
     fill = jnp.asarray(fill_value, accumulated.dtype)
-    return _gather(accumulated, points, fill, method, boundary, derivative).astype(image.dtype)
+    out = _formulas.gather(accumulated, points, fill, method, boundary, derivative)
+    return out.astype(image.dtype)
 
 
 def splat(
@@ -132,11 +114,11 @@ def splat(
     values, points = jnp.asarray(values), jnp.asarray(points)
     if jnp.iscomplexobj(values):
         options = {"method": method, "boundary": boundary, "derivative": derivative}
-        return _joined(splat(_parts(values), points, shape, **options))
-    boundary = _boundaries(boundary, points.shape[-1])
+        return complex_of(splat(parts_of(values), points, shape, **options))
+    boundary = boundaries_of(boundary, points.shape[-1])
     derivative = tuple(derivative or (0,) * points.shape[-1])
-    accumulated = values.astype(_at_least_float32(values))
-    out = _sum(accumulated, points, None, tuple(shape), method, boundary, derivative)
+    accumulated = values.astype(at_least_float32(values))
+    out = _formulas.total(accumulated, points, None, tuple(shape), method, boundary, derivative)
     return out.astype(values.dtype)
 
 
@@ -161,7 +143,11 @@ def backward_warp(
 
     def one(image: Array, flow: Array) -> Array:
         return gather(
-            image, _displaced(flow), method=method, boundary=boundary, fill_value=fill_value
+            image,
+            displaced(flow),
+            method=method,
+            boundary=boundary,
+            fill_value=fill_value,
         )
 
     return jnp.vectorize(one, signature=signature[flow.shape[-1]])(image, flow)
@@ -199,38 +185,38 @@ def forward_warp(
     values, flow = jnp.asarray(values), jnp.asarray(flow)
     if jnp.iscomplexobj(values):
         out, coverage = forward_warp(
-            _parts(values),
+            parts_of(values),
             flow,
             reduce=reduce,
             importance=importance,
             method=method,
             boundary=boundary,
-            fill_value=_parts(jnp.broadcast_to(fill_value, values.shape[-1:])),
+            fill_value=parts_of(jnp.broadcast_to(fill_value, values.shape[-1:])),
             min_coverage=min_coverage,
             return_coverage=True,
         )
-        return (_joined(out), coverage) if return_coverage else _joined(out)
-    boundary = _boundaries(boundary, flow.shape[-1])
-    dtype, spatial = _at_least_float32(values), flow.shape[-1 - flow.shape[-1] : -1]
+        return (complex_of(out), coverage) if return_coverage else complex_of(out)
+    boundary = boundaries_of(boundary, flow.shape[-1])
+    dtype, spatial = at_least_float32(values), flow.shape[-1 - flow.shape[-1] : -1]
     importance = jnp.ones(spatial) if importance is None else jnp.asarray(importance)
     s = {2: "h,w", 3: "e,h,w"}[flow.shape[-1]]
 
     def warp(values: Array, flow: Array, importance: Array) -> tuple[Array, Array]:
-        points, no_derivative = _displaced(flow), (0,) * flow.shape[-1]
+        points, no_derivative = displaced(flow), (0,) * flow.shape[-1]
 
         def sum_g(f: Array, logits: Array | None = None) -> Array:
-            return _sum(f, points, logits, spatial, method, boundary, no_derivative)
+            return _formulas.total(f, points, logits, spatial, method, boundary, no_derivative)
 
         f, w = values.astype(dtype), importance.astype(dtype)[..., None]
         one, logits = jnp.ones_like(w), None
         if reduce == "softmax":
             w, logits = one, w
-        out, coverage = sum_g(_weighted(w, f), logits), sum_g(one)
+        out, coverage = sum_g(weighted(w, f), logits), sum_g(one)
         if reduce != "sum":
             total = sum_g(w, logits)
             hole = (coverage <= min_coverage) | (total == 0)
             fill = jnp.asarray(fill_value, dtype)
-            out = jnp.where(hole, fill, _ratio(out, jnp.where(hole, 1, total)))
+            out = jnp.where(hole, fill, ratio(out, jnp.where(hole, 1, total)))
         return out.astype(values.dtype), coverage[..., 0]
 
     signature = f"({s},c),({s},d),({s})->({s},c),({s})"
@@ -295,8 +281,8 @@ def reconstruct(
     values, points = jnp.asarray(values), jnp.asarray(points)
     if jnp.iscomplexobj(values):
         options = {"boundary": boundary, "damping": damping}
-        return _joined(reconstruct(_parts(values), points, shape, **options))
-    dtype, kept = _at_least_float32(values), _finite(points)
+        return complex_of(reconstruct(parts_of(values), points, shape, **options))
+    dtype, kept = at_least_float32(values), is_finite(points)
     count, n = math.prod(points.shape[:-1]), math.prod(shape)
     basis = jnp.eye(n, dtype=dtype).reshape(*shape, n)  # channel j is the image that is 1 at j
     G = jnp.where(kept, gather(basis, jnp.where(kept, points, 0), boundary=boundary), 0)
@@ -321,7 +307,7 @@ def to_pixels(
     `align_corners`.
     """
     grid = jnp.asarray(grid)
-    grid = grid.astype(_at_least_float32(grid))
+    grid = grid.astype(at_least_float32(grid))
     n = np.array(shape[::-1])
     pixels = (grid + 1) / 2 * (n - 1) if align_corners else ((grid + 1) * n - 1) / 2
     return jnp.where(jnp.isfinite(grid), pixels, grid)
@@ -332,321 +318,8 @@ def to_normalized(
 ) -> Float[Array, "*S dims"]:
     """The inverse of `to_pixels`; 0 along an axis of size 1 with `align_corners`."""
     points = jnp.asarray(points)
-    points = points.astype(_at_least_float32(points))
+    points = points.astype(at_least_float32(points))
     n = np.array(shape[::-1])
     aligned = jnp.where(n == 1, 0, 2 * points / np.maximum(n - 1, 1) - 1)
     grid = aligned if align_corners else (2 * points + 1) / n - 1
     return jnp.where(jnp.isfinite(points), grid, points)
-
-
-# gather and splat form a family that is closed under differentiation: d/dp_a of a member is the
-# member with derivative[a] raised by one. Said to JAX as a rule, and not left to the product rule
-# of g * I(j), a NaN pixel reaches exactly the derivatives whose weight at that pixel is not 0.
-# With the weights of "softmax" splat stays in it: d/dl_i multiplies f_i, and the peak m_j, on which
-# the result of (5) does not depend, is a constant.
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _gather(
-    image: Array,
-    points: Array,
-    fill_value: ArrayLike,
-    method: str,
-    boundary: _Boundaries,
-    derivative: tuple[int, ...],
-) -> Array:
-    out = _interpolate(image, points, fill_value, method, boundary, derivative, product=_weighted)
-    beyond = 0.0 if any(derivative) else fill_value
-    return jnp.where(_finite(points), out, jnp.where(_nowhere(points, boundary), jnp.nan, beyond))
-
-
-@_gather.defjvp
-def _gather_jvp(
-    method: str,
-    boundary: _Boundaries,
-    derivative: tuple[int, ...],
-    primals: tuple[Array, Array, ArrayLike],
-    tangents: tuple[Array, Array, ArrayLike],
-) -> tuple[Array, Array]:
-    (image, points, fill), (d_image, d_points, d_fill) = primals, tangents
-    out_dot = _interpolate(d_image, points, d_fill, method, boundary, derivative)
-    if not any(derivative):  # infinitely far outside
-        out_dot += jnp.where(_finite(points) | _nowhere(points, boundary), 0, d_fill)
-    for a, raised in enumerate(_raised(derivative)):
-        slope = _gather(image, points, fill, method, boundary, raised)
-        out_dot += slope * d_points[..., a, None].astype(image.dtype)
-    return _gather(image, points, fill, method, boundary, derivative), out_dot
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
-def _splat(
-    values: Array,
-    points: Array,
-    logits: Array | None,
-    shape: tuple[int, ...],
-    method: str,
-    boundary: _Boundaries,
-    derivative: tuple[int, ...],
-) -> Array:
-    return _scatter(values, points, logits, shape, method, boundary, derivative, product=_weighted)
-
-
-@_splat.defjvp
-def _splat_jvp(
-    shape: tuple[int, ...],
-    method: str,
-    boundary: _Boundaries,
-    derivative: tuple[int, ...],
-    primals: tuple[Array, Array, Array | None],
-    tangents: tuple[Array, Array, Array | None],
-) -> tuple[Array, Array]:
-    (values, points, logits), (d_values, d_points, d_logits) = primals, tangents
-    if d_logits is not None:
-        d_values += values * d_logits
-    out_dot = _scatter(d_values, points, logits, shape, method, boundary, derivative)
-    for a, raised in enumerate(_raised(derivative)):
-        moved = values * d_points[..., a, None].astype(values.dtype)
-        out_dot += _scatter(moved, points, logits, shape, method, boundary, raised)
-    return _splat(values, points, logits, shape, method, boundary, derivative), out_dot
-
-
-@jax.custom_jvp
-def _weighted(w: Array, f: Array) -> Array:
-    """w * f, where a weight of 0 hides even a NaN."""
-    return jnp.where(w == 0, 0, w * f)
-
-
-_weighted.defjvps(lambda d_w, _, w, f: d_w * f, lambda d_f, _, w, f: w * d_f)
-
-
-@jax.custom_jvp
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    """N / D, differentiated as (dN - out dD) / D, as in (6): D ** 2 may be too small a number."""
-    return numerator / denominator
-
-
-_ratio.defjvps(lambda d_n, _, n, d: d_n / d, lambda d_d, out, n, d: -out * (d_d / d))
-
-
-@jax.custom_jvp
-def _exponential(logit: Array, peak: Array) -> Array:
-    """w_ij = exp(l_i - m_j), with the exponent clipped at 0; the peak m_j has no derivative."""
-    return jnp.exp(jnp.where(logit == peak, 0, jnp.minimum(logit - peak, 0)))
-
-
-_exponential.defjvps(lambda d_logit, w, logit, peak: w * d_logit, None)
-
-
-def _interpolate(
-    image: Array,
-    points: Array,
-    fill_value: ArrayLike,
-    method: str,
-    boundary: _Boundaries,
-    derivative: tuple[int, ...],
-    product: Callable[[Array, Array], Array] = jnp.multiply,
-) -> Array:
-    """sum_j g(p, j) I(j) of (1); 0 at a position that is not finite."""
-    finite = _finite(points)
-    at = jnp.where(finite, points, 0)
-    j, g = _corners(at, image.shape[:-1], method, boundary, derivative)
-    padded = _padded(image, boundary, fill_value)
-    out = jnp.sum(product(g.astype(image.dtype)[..., None], padded[j]), axis=-2)
-    return jnp.where(finite, out, 0)
-
-
-def _sum(
-    values: Array,
-    points: Array,
-    logits: Array | None,
-    shape: tuple[int, ...],
-    method: str,
-    boundary: _Boundaries,
-    derivative: tuple[int, ...],
-) -> Array:
-    """sum_i w_ij g(p_i, j) f_i of (5), without the sources at positions that are not finite.
-
-    And without those with a logit of -inf, whose weight is 0 even where they are alone.
-    """
-    kept = _finite(points)
-    points = jnp.where(kept, points, 0)
-    if logits is not None:
-        kept &= logits != -jnp.inf
-        logits = jnp.where(kept, logits, -jnp.inf)
-    values = jnp.where(kept, values, 0)
-    return _splat(values, points, logits, shape, method, boundary, derivative)
-
-
-def _scatter(
-    values: Array,
-    points: Array,
-    logits: Array | None,
-    shape: tuple[int, ...],
-    method: str,
-    boundary: _Boundaries,
-    derivative: tuple[int, ...],
-    product: Callable[[Array, Array], Array] = jnp.multiply,
-) -> Array:
-    """sum_i w_ij g(p_i, j) f_i of (5), where w is 1 or, with logits (*S, 1), that of "softmax"."""
-    j, g = _corners(points, shape, method, boundary, derivative)
-    g = g.astype(values.dtype)
-    if logits is not None:
-        peak = _peak(points, logits.astype(values.dtype), shape, method, boundary)
-        g = _weighted(g, _exponential(logits, peak[j]))
-    return _added(product(g[..., None], values[..., None, :]), j, shape, boundary)
-
-
-def _added(
-    parts: Array, j: tuple[Array, ...], shape: tuple[int, ...], boundary: _Boundaries
-) -> Array:
-    """The image of which every corner j gets its part, (*S, K, C) -> (*shape, C)."""
-    empty = jnp.zeros((*shape, parts.shape[-1]), parts.dtype)
-    # What falls outside is added to the ring, and cut off with it.
-    return _inside(_padded(empty, boundary, 0).at[j].add(parts), shape, boundary)
-
-
-def _peak(
-    points: Array, logits: Array, shape: tuple[int, ...], method: str, boundary: _Boundaries
-) -> Array:
-    """m_j of "softmax", in the padded image; -inf where no source has a weight."""
-    j, g = _corners(points, shape, method, boundary, (0,) * len(shape))
-    counts = (g.astype(logits.dtype) > 0) & ~jnp.isnan(logits)
-    sizes = [n + sum(ring) for n, ring in zip(shape, _ring(boundary), strict=True)]
-    peak = jnp.full(sizes, -jnp.inf, logits.dtype)
-    return peak.at[j].max(jnp.where(counts, logits, -jnp.inf))
-
-
-def _finite(points: Array) -> Array:
-    return jnp.isfinite(points).all(-1, keepdims=True)
-
-
-def _nowhere(points: Array, boundary: _Boundaries) -> Array:
-    """Is a coordinate NaN, or infinite along an axis whose boundary is not "constant"?"""
-    nowhere = jnp.isnan(points).any(-1)
-    for a, along in enumerate(boundary):
-        if along != "constant":
-            nowhere |= jnp.isinf(points[..., a])
-    return nowhere[..., None]
-
-
-def _pick(image: Array, points: Array, boundary: _Boundaries, fill_value: ArrayLike) -> Array:
-    """(1) by "nearest" of an image of integers or bools: the pixel itself."""
-    finite = _finite(points)
-    no_derivative = (0,) * len(boundary)
-    at = jnp.where(finite, points, 0)
-    j, _ = _corners(at, image.shape[:-1], "nearest", boundary, no_derivative)
-    fill = jnp.asarray(fill_value, image.dtype)
-    return jnp.where(finite, _padded(image, boundary, fill)[j][..., 0, :], fill)
-
-
-def _raised(derivative: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """The orders after one more derivative along x, y[, z]."""
-    for a in range(len(derivative)):
-        yield tuple(k + (a == b) for b, k in enumerate(derivative))
-
-
-def _corners(
-    points: Array,
-    shape: Sequence[int],
-    method: str,
-    boundary: _Boundaries,
-    derivative: Sequence[int],
-) -> tuple[tuple[Array, ...], Array]:
-    """The corners j of every finite point: indices into the padded image, and weights g(p, j).
-
-    d index arrays (*S, K) and one weight array (*S, K), where K = taps ** d.
-    """
-    d = len(shape)
-    taps = [  # one pair (indices, weights), each (*S, taps), per axis of the image: z, y, x
-        _taps(points[..., a], shape[d - 1 - a], method, boundary[a], derivative[a])
-        for a in reversed(range(d))
-    ]
-    box = (len(METHODS[method][1]),) * d
-
-    def along(axis: int, of_taps: Array) -> Array:
-        """The same for all corners that have the same tap along this axis: (*S, K)."""
-        others = [a for a in range(-d, 0) if a + d != axis]
-        in_box = jnp.broadcast_to(jnp.expand_dims(of_taps, others), (*points.shape[:-1], *box))
-        return in_box.reshape(*points.shape[:-1], math.prod(box))
-
-    index = tuple(along(axis, indices) for axis, (indices, _) in enumerate(taps))
-    weights = jnp.stack([along(axis, weights) for axis, (_, weights) in enumerate(taps)])
-    return index, jnp.prod(weights, axis=0)
-
-
-def _taps(x: Array, n: int, method: str, boundary: str, order: int) -> tuple[Array, Array]:
-    """Indices and weights, each (*S, taps), of what x touches along one axis of length n."""
-    rounding, polynomials = METHODS[method]
-    base = rounding(x)
-    t = x - base
-    # Brought near before it becomes an integer, so that 1e30 is an ordinary position: by whole
-    # periods, or to where every tap is still outside.
-    periodic = boundary in PERIODS
-    base = jnp.mod(base, PERIODS[boundary](n)) if periodic else jnp.clip(base, -3, n + 2)
-    base = base.astype(int)
-    index = jnp.stack([base + tap for tap in polynomials], axis=-1)
-    derived = (np.polyder(p, order).tolist() for p in polynomials.values())
-    weight = jnp.stack([_polynomial(p, t) for p in derived], axis=-1)
-    return _index(index, n, boundary), weight
-
-
-def _polynomial(coefficients: Sequence[float], t: Array) -> Array:
-    value = jnp.zeros_like(t)
-    for coefficient in coefficients:
-        value = value * t + coefficient
-    return value
-
-
-def _index(i: Array, n: int, boundary: str) -> Array:
-    """Where integer pixel i lies along an axis of length n, counted in the padded image."""
-    if boundary == "constant":
-        return jnp.clip(i, -1, n) + _margin(boundary)
-    if boundary == "nearest":
-        return jnp.clip(i, 0, n - 1)
-    i = jnp.mod(i, PERIODS[boundary](n))
-    return jnp.where(i < n, i, 2 * n - (2 if boundary == "mirror" else 1) - i)
-
-
-def _margin(boundary: str) -> int:
-    return 1 if boundary == "constant" else 0
-
-
-def _ring(boundary: _Boundaries) -> list[tuple[int, int]]:
-    """How many pixels stand for what is outside, before and behind each axis of an image."""
-    return [(_margin(along), _margin(along)) for along in reversed(boundary)]
-
-
-def _padded(image: Array, boundary: _Boundaries, value: ArrayLike) -> Array:
-    """The image with what is outside: one ring of `value` is all of it."""
-    ring = [*_ring(boundary), (0, 0)]
-    inside = jnp.pad(jnp.ones((*image.shape[:-1], 1), bool), ring)
-    return jnp.where(inside, jnp.pad(image, ring), value)
-
-
-def _inside(padded: Array, shape: Sequence[int], boundary: _Boundaries) -> Array:
-    ring = zip(shape, _ring(boundary), strict=True)
-    return padded[tuple(slice(margin, margin + n) for n, (margin, _) in ring)]
-
-
-def _boundaries(boundary: str | Sequence[str], dims: int) -> _Boundaries:
-    return (boundary,) * dims if isinstance(boundary, str) else tuple(boundary)
-
-
-def _parts(x: Array) -> Array:
-    """Real and imaginary parts as channels."""
-    return jnp.concatenate([jnp.real(x), jnp.imag(x)], axis=-1)
-
-
-def _joined(parts: Array) -> Array:
-    real, imaginary = jnp.split(parts, 2, axis=-1)
-    return jax.lax.complex(real, imaginary)
-
-
-def _displaced(flow: Array) -> Array:
-    """p = q + flow[q], formed at least in float32."""
-    dtype, dims = _at_least_float32(flow), flow.shape[-1]
-    return pixel_grid(flow.shape[-1 - dims : -1], dtype) + flow.astype(dtype)
-
-
-def _at_least_float32(array: Array) -> DTypeLike:
-    return jnp.promote_types(array.dtype, jnp.float32)

@@ -180,8 +180,9 @@ def _of_file(name):
     """Where the values of a test file are, as it and what it depends on are now."""
     import jaxwarp
 
-    reference = Path(jaxwarp.__file__).with_name("reference.py")
-    texts = [source.read_bytes() for source in (reference, *_sources(TESTS / name))]
+    package = Path(jaxwarp.__file__).parent
+    reference = [package / "reference.py", package / "_formulas.py"]
+    texts = [source.read_bytes() for source in (*reference, *_sources(TESTS / name))]
     folder = FOLDER / "reference" / f"{Path(name).stem}-{hash_of(environment(), texts)}"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import remembered as module
 from remembered import remembered
 
 import jaxwarp
-from jaxwarp import reference
+from jaxwarp import _formulas, reference
 
 
 @dataclasses.dataclass
@@ -39,7 +39,8 @@ def folder(tmp_path, monkeypatch):
         shutil.copy(module.TESTS / name, tests)
     package = tmp_path / "jaxwarp"
     package.mkdir()
-    shutil.copy(reference.__file__, package)
+    for source in (reference, _formulas):
+        shutil.copy(source.__file__, package)
     monkeypatch.setattr(jaxwarp, "__file__", str(package / "__init__.py"))
     monkeypatch.setattr(module, "TESTS", tests)
     monkeypatch.setattr(module, "FOLDER", tmp_path / "cache")
@@ -74,7 +75,8 @@ def test_a_second_run_gets_the_same_values():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("file", ["jaxwarp/reference.py", "tests/cases.py", "tests/conftest.py",
+@pytest.mark.parametrize("file", ["jaxwarp/reference.py", "jaxwarp/_formulas.py",
+                                  "tests/cases.py", "tests/conftest.py",
                                   "tests/remembered.py", "tests/test_remembered.py"])  # fmt: skip
 def test_a_changed_source_is_computed_anew(tmp_path, file):
     function = Counted()
