@@ -45,8 +45,8 @@ def _conversion(name: str, dtype: np.dtype) -> str:
     """The advice that fits a dtype which is not taken: nothing is lost by it."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return f"pass jnp.stack([{name}.real, {name}.imag], -1), or what of the two you mean"
-    bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8
-    if bits <= 16:  # and bool, and floating-point numbers of less than 16 bits
+    bits = 8 * dtype.itemsize
+    if bits <= 16:  # integers, bools, and floating-point numbers that hold no position
         return f"convert it to float32, which holds every {dtype}: {name}.astype(jnp.float32)"
     if bits == 32:
         return (
@@ -160,8 +160,8 @@ def _whole_fill(given: Any, dtype: np.dtype) -> Array:
     exact = np.asarray(given)
     try:
         with np.errstate(invalid="ignore"):
-            held = exact.astype(dtype)
-        good = bool(np.all(held == exact))
+            held = exact.real.astype(dtype)
+        good = bool(np.all(held == exact)) and not np.iscomplexobj(exact)
     except (OverflowError, TypeError, ValueError):
         good = False
     if not good:

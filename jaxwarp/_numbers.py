@@ -1,12 +1,14 @@
 """Complex numbers, integers, and arrays as fill: by the primitives, which know real floating-point
 numbers and one number as fill."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from jaxwarp import _formulas, _primitives
 from jaxwarp._formulas import apart, complex_of, parts_of, side_by_side
@@ -44,9 +46,7 @@ def gather(
     exact = image.astype(_primitives.accumulator(image.dtype))  # the sum is rounded once
     inside = _primitives.gather(exact, points, sampling, forward_mode=forward_mode)
     points = points.astype(jnp.promote_types(points.dtype, exact.dtype))
-    share, touches = _outside(points, image.shape[-dims - 1 : -1], sampling)
-    fill = jnp.where(touches[..., None], fill.astype(exact.dtype), 0)
-    outside = _formulas.weighted(share.astype(exact.dtype)[..., None], fill)
+    outside = _outside(points, fill.astype(exact.dtype), image.shape[-dims - 1 : -1], sampling)
     return (inside + outside).astype(image.dtype)
 
 
@@ -72,23 +72,45 @@ def splat(
         return _primitives.splat(values, points, importance, shape, sampling, **rest)
     results = _primitives.splat(values, points, importance, shape, sampling, **rest)
     coverage = results["coverage"]
-    hole = _primitives.holes(coverage, results.get("weight", coverage), reduction)
+    divisor = results.get("weight", coverage)
+    hole = _primitives.holes(coverage, divisor, reduction)
     image = jnp.where(hole[..., None], fill.astype(values.dtype), results["image"])
     return results | {"image": image}
 
 
-def _outside(points: Array, shape: Shape, sampling: Sampling) -> tuple[Array, Array]:
-    """Of every point, the sum of its weights outside the image, and whether a corner lies there.
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _outside(points: Array, fill: Array, shape: Shape, sampling: Sampling) -> Array:
+    """What the corners outside an image of spatial `shape` add to each sample, (*B, *S, C)."""
+    share = _share_outside(points, shape, sampling).astype(fill.dtype)
+    return _formulas.weighted(share[..., None], fill)
 
-    Weights are products along the axes, so this takes no corners: all weights of some axes sum up
-    to `inside` and `outside`, and one axis more makes four products of them.
+
+@partial(_outside.defjvp, symbolic_zeros=True)
+def _outside_jvp(shape: Shape, sampling: Sampling, primals: Any, tangents: Any) -> Any:
+    """As of the whole family, d/dp_a raises the order of the weights along a."""
+    (points, fill), (d_points, d_fill) = primals, tangents
+    out = _outside(points, fill, shape, sampling)
+    d_out = jnp.zeros_like(out)
+    if not isinstance(d_fill, SymbolicZero):
+        d_out += _share_outside(points, shape, sampling).astype(fill.dtype)[..., None] * d_fill
+    if not isinstance(d_points, SymbolicZero):
+        for a in range(points.shape[-1]):
+            slope = _outside(points, fill, shape, sampling.raised(a))
+            d_out += slope * d_points[..., a, None].astype(fill.dtype)
+    return out, d_out
+
+
+def _share_outside(points: Array, shape: Shape, sampling: Sampling) -> Array:
+    """Of every point, the sum of its weights outside, (*B, *S).
+
+    Weights are products along the axes, so this takes no corners: all weights along some axes add
+    up to `inside` and `outside`, and one axis more makes four products of them.
     """
     if sampling.displacement:
         points = _formulas.displaced(points)
-    finite = jnp.isfinite(points).all(-1)
-    at = jnp.where(finite[..., None], points, 0)
+    finite = _formulas.is_finite(points)
+    at = jnp.where(finite, points, 0)
     inside, outside = jnp.ones_like(at[..., 0]), jnp.zeros_like(at[..., 0])
-    touches = ~finite
     for a, (boundary, order) in enumerate(zip(sampling.boundary, sampling.derivative, strict=True)):
         n = shape[-1 - a]
         index, weight = _formulas.axis_taps(at[..., a], n, sampling.method, boundary, order)
@@ -97,10 +119,10 @@ def _outside(points: Array, shape: Shape, sampling: Sampling) -> tuple[Array, Ar
         past = jnp.where(beyond, weight, 0).sum(-1)
         outside = outside * (along + past) + inside * past
         inside = inside * along
-        touches = touches | beyond.any(-1)
-    # Infinitely far outside; what is nowhere has a sample of NaN already.
-    far = 0 if any(sampling.derivative) else 1
-    return jnp.where(finite, outside, far), touches
+    # Infinitely far outside all of the weights are, and nowhere none, where the sample is NaN.
+    nowhere = _formulas.is_nowhere(points, sampling.boundary)[..., 0]
+    far = jnp.where(nowhere | any(sampling.derivative), 0, 1)
+    return jnp.where(finite[..., 0], outside, far)
 
 
 def _parts_of_fill(fill: Fill, channels: int) -> Fill:
@@ -123,12 +145,13 @@ def _whole(pieces: list[Array], dtype: np.dtype) -> Array:
     if dtype.kind == "b":
         return pieces[0] > 0
     unsigned, shifts = _layout(dtype)
-    words = jnp.zeros(pieces[0].shape, unsigned)
-    for piece, shift in zip(pieces, shifts, strict=True):
-        words |= jnp.where(piece > 0, piece, 0).astype(unsigned) << shift
-    return jax.lax.bitcast_convert_type(words, dtype)
+    words = [
+        jnp.where(piece > 0, piece, 0).astype(unsigned) << shift
+        for piece, shift in zip(pieces, shifts, strict=True)
+    ]
+    return jax.lax.bitcast_convert_type(sum(words[1:], words[0]), dtype)
 
 
 def _layout(dtype: np.dtype) -> tuple[np.dtype, range]:
-    bits = jnp.iinfo(dtype).bits
+    bits = 8 * dtype.itemsize
     return np.dtype(f"uint{bits}"), range(0, bits, PIECE)

@@ -229,36 +229,42 @@ def _run_kernel(
     accumulates. So where only one of values and points is float64, the other is made so; and sums
     come back unrounded, to be rounded once.
     """
-    stored = next(operands[n].dtype for n in ("values", "ct_values", "image") if n in operands)
-    if np.float64 in (stored, operands["points"].dtype):
+    stored = _stored(operands)
+    as_given = {name: x.dtype for name, x in operands.items()}
+    if np.float64 in (stored, as_given["points"]):
         stored = np.dtype(np.float64)
-        operands = {name: x.astype(stored) for name, x in operands.items()}
+        as_given = dict.fromkeys(as_given, stored)
     if "d_points" in operands:
-        d_points = operands["d_points"].astype(accumulator(stored))
-        operands = operands | {"d_points": d_points}
-    dtypes = _kernel_dtypes(operands, outputs, sampling)
-    wanted = {
-        name: jax.ShapeDtypeStruct(x.shape, dtypes[name])
-        for name, x in outputs.items()
-        if name != "exact"
-    }
+        as_given["d_points"] = accumulator(stored)
+    dtypes = _kernel_dtypes(operands, outputs, sampling, stored)
 
+    # All conversions are made on a shard: outside, an Explicit mesh would have the results whole.
     def kernel(operands: Operands, outputs: Operands, shard: Shard) -> Operands:
-        return _on_shard(kernels, target, operands, outputs, shard, sampling, reduction)
+        operands = {name: x.astype(as_given[name]) for name, x in operands.items()}
+        exact = {
+            name: jax.ShapeDtypeStruct(x.shape, dtypes[name])
+            for name, x in outputs.items()
+            if name != "exact"
+        }
+        results = _on_shard(kernels, target, operands, exact, shard, sampling, reduction)
+        if "exact" in outputs:
+            results["exact"] = results["image"]
+        return {name: results[name].astype(x.dtype) for name, x in outputs.items()}
 
-    labels = _labels(operands | wanted, sampling)
+    labels = _labels(operands | outputs, sampling)
     name = repr((kernels.__name__, target, sampling, reduction))
-    results = _sharding.partitioned(kernel, operands, wanted, labels, name)
-    if "exact" in outputs:
-        results["exact"] = results["image"]
-    return {name: results[name].astype(out.dtype) for name, out in outputs.items()}
+    return _sharding.partitioned(kernel, operands, outputs, labels, name)
+
+
+def _stored(operands: Operands) -> np.dtype:
+    """The dtype of values and images."""
+    return next(operands[n].dtype for n in ("values", "ct_values", "image") if n in operands)
 
 
 def _kernel_dtypes(
-    operands: Operands, outputs: Operands, sampling: Sampling
+    operands: Operands, outputs: Operands, sampling: Sampling, stored: np.dtype
 ) -> dict[str, DTypeLike]:
     """In which a kernel gives its results: those of one point as they are stored, sums exactly."""
-    stored = next(operands[n].dtype for n in ("values", "ct_values", "image") if n in operands)
     split = _split(operands | outputs, sampling)
     common = jnp.broadcast_shapes(*(batch for batch, _ in split.values()))
     per_point = {"values", "d_values"} & outputs.keys()
@@ -302,7 +308,7 @@ def _on_shard(
         operands = operands | {"ct_coverage": jnp.where(first, operands["ct_coverage"], 0)}
     if target == "jaxwarp_splat" and reduction.divides and shard.over(GRID):
         return _splat_in_parts(kernels, operands, outputs, shard, sampling, reduction)
-    dtypes = _kernel_dtypes(operands, outputs, sampling)
+    dtypes = _kernel_dtypes(operands, outputs, sampling, _stored(operands))
     results = kernels.call(
         target,
         operands,

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Annotated as Float  # what jaxtyping's are to type checkers
 from typing import Annotated as Inexact
 from typing import Annotated as Shaped
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,7 @@ def gather(
     image, points = jnp.asarray(image), jnp.asarray(points)
     if jnp.iscomplexobj(image):
         fill = parts_of(jnp.broadcast_to(fill_value, image.shape[-1:]))
-        options = {"method": method, "boundary": boundary, "derivative": derivative}
+        options: dict[str, Any] = {"method": method, "boundary": boundary, "derivative": derivative}
         return complex_of(gather(parts_of(image), points, fill_value=fill, **options))
     boundary = boundaries_of(boundary, points.shape[-1])
     if not jnp.issubdtype(image.dtype, jnp.floating):
@@ -113,7 +114,7 @@ def splat(
     """
     values, points = jnp.asarray(values), jnp.asarray(points)
     if jnp.iscomplexobj(values):
-        options = {"method": method, "boundary": boundary, "derivative": derivative}
+        options: dict[str, Any] = {"method": method, "boundary": boundary, "derivative": derivative}
         return complex_of(splat(parts_of(values), points, shape, **options))
     boundary = boundaries_of(boundary, points.shape[-1])
     derivative = tuple(derivative or (0,) * points.shape[-1])
@@ -280,7 +281,7 @@ def reconstruct(
     """
     values, points = jnp.asarray(values), jnp.asarray(points)
     if jnp.iscomplexobj(values):
-        options = {"boundary": boundary, "damping": damping}
+        options: dict[str, Any] = {"boundary": boundary, "damping": damping}
         return complex_of(reconstruct(parts_of(values), points, shape, **options))
     dtype, kept = at_least_float32(values), is_finite(points)
     count, n = math.prod(points.shape[:-1]), math.prod(shape)

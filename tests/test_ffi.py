@@ -12,7 +12,7 @@ from jaxwarp import _ffi
 
 OPTIONS = {
     "method": "linear",
-    "boundary": "constant",
+    "boundary": ("constant",),
     "fill_value": 0.0,
     "derivative": (0, 0),
     "displacement": False,
@@ -243,10 +243,10 @@ def test_missing_operands(which):
     ("option", "value"),
     [
         ("method", "quintic"),
-        ("boundary", "?"),
-        ("boundary", ""),
-        ("boundary", "wrap ?"),
-        ("boundary", "wrap wrap wrap"),
+        ("boundary", ("?",)),
+        ("boundary", ()),
+        ("boundary", ("wrap", "?")),
+        ("boundary", ("wrap", "wrap", "wrap")),
         ("reduce", "median"),
         ("derivative", (-1, 0)),
         ("derivative", (0, 0, 0, 0)),
@@ -260,7 +260,7 @@ def test_wrong_options(which, option, value):
 
 @pytest.mark.parametrize("boundary", ["nearest", "mirror", "reflect", "wrap"])
 def test_empty_image(boundary):
-    for given in (boundary, f"constant {boundary}"):
+    for given in ((boundary,), ("constant", boundary)):
         with pytest.raises(jax.errors.JaxRuntimeError, match="an axis of size 0"):
             call("gather", shapes={"image": (0, 6, 3)}, boundary=given)
-    call("gather", shapes={"image": (0, 6, 3)}, boundary=f"{boundary} constant")
+    call("gather", shapes={"image": (0, 6, 3)}, boundary=(boundary, "constant"))

@@ -308,6 +308,22 @@ def test_half_precision_with_one_of_the_batch_on_each_device(dtype, shared):
         cases.assert_close(actual, one_device, 2 * float(jnp.finfo(dtype).eps))
 
 
+@KINDS
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "float64")], ids=str)
+@pytest.mark.parametrize("name", ["backward_warp batch", "backward_warp rows", "unweighted rows"])
+def test_conversions_gather_nothing(name, dtypes, kind):
+    """Where a kernel's dtypes are not those of the arrays."""
+    case, mesh = CASES[name], mesh_of(kind)
+    given = [a.astype(t) for a, t in zip(case.arrays, dtypes, strict=True)]
+    compute = with_cotangents(case.function())
+    with jax.set_mesh(mesh):
+        actual, counted = run(compute, place(mesh, given, case.specs))
+    assert counted == Counter({"all-reduce": case.both} if case.both else {})
+    one_device = jax.jit(compute)(*given)
+    assert jax.tree.map(lambda x: x.dtype, actual) == jax.tree.map(lambda x: x.dtype, one_device)
+    cases.assert_close(actual, one_device, 4 * float(jnp.finfo(dtypes[0]).eps))
+
+
 # ---------------------------------------------------------------------------- what is gathered
 
 
