@@ -41,7 +41,8 @@ Channels<int64_t> all_channels(const Call& call) {
 template <class Types, bool kCommon, class Body>
 void with_channels(const Call& call, const Body& body) {
   using T = typename Types::Value;
-  constexpr bool kMany = Types::kDims == 2 && std::is_same_v<T, float>;
+  constexpr bool kMany =
+      Types::kDims == 2 && std::is_same_v<T, float> && Types::kMethod == Method::kLinear;
   const auto channels = all_channels<T>(call);
   if (!kCommon || !channels.contiguous) return body(channels);
   if constexpr (kCommon) {
@@ -75,7 +76,7 @@ struct Tiles {
 
 // Are the plain points of such a method worth a loop of their own?
 template <class Types>
-constexpr bool kPlainLoop = Types::kMethod == Method::kLinear;
+constexpr bool kPlainLoop = Types::kMethod != Method::kCubic;
 
 // The points of one batch element.
 template <class Types>
@@ -266,6 +267,7 @@ struct Tile {
         x[a] = place + axis(raw, a);
         cell[a].lane = __builtin_convertvector(x[a].lane, typename Ints::Vector);
         rest[a].lane = x[a].lane - __builtin_convertvector(cell[a].lane, typename Reals::Vector);
+        if constexpr (Types::kMethod == Method::kNearest) round_cell(cell[a], rest[a]);
         inside = inside & (x[a].lane >= 0) & (x[a].lane < points.end[a]);
         if (!kRowsAlone || a == D - 1) store<kLanes>(first[a] + g, cell[a]);
         if constexpr (kRowsAlone) continue;
@@ -365,6 +367,17 @@ struct Tile {
   }
 
  private:
+  // From the pixel at or below a position to the nearest one, where a tie goes to the even one.
+  static JAXWARP_WIDE void round_cell(Ints& cell, Reals& rest) {
+    typedef decltype(rest.lane > rest.lane) Mask;
+    const Mask above = rest.lane > static_cast<Real>(0.5);
+    const Mask tie = rest.lane == static_cast<Real>(0.5);
+    const auto odd = (cell.lane & 1) != 0;
+    // A comparison that holds is -1 in each lane.
+    cell.lane -= __builtin_convertvector(above, typename Ints::Vector) |
+                 (__builtin_convertvector(tie, typename Ints::Vector) & odd);
+    rest = Reals(Real(0));
+  }
   static JAXWARP_WIDE Places unsigned_of(const Ints& cell) {
     Places place;
     place.lane = __builtin_convertvector(cell.lane, typename Places::Vector);
@@ -506,7 +519,8 @@ class Prefetcher {
   void add(const Call& call, const Operand& operand, int64_t b, const int64_t* stride) {
     if (operand.data == nullptr) return;
     const int64_t size = size_of(operand.dtype);
-    const int64_t row = stride[1] + (call.dims == 3 ? stride[2] : 0);
+    const bool one_row = call.sampling.method == Method::kNearest;
+    const int64_t row = one_row ? 0 : stride[1] + (call.dims == 3 ? stride[2] : 0);
     const int64_t offset = (call.batch.offset(b, operand.stride) + row) * size;
     sources_[count_++] = {
         reinterpret_cast<uintptr_t>(operand.data) + static_cast<uintptr_t>(offset),
@@ -641,7 +655,7 @@ JAXWARP_WIDE void for_plain_points(Tile<Types>& tile, const Points<Types>& point
   for (int64_t i = 0; i < count;) {
     // A run of plain points: without a call in it, what they share stays in registers.
     const int64_t first = i, stop = std::min(i + tile.run(i), count);
-    if constexpr (Ch::kOnePack) {
+    if constexpr (Ch::kOnePack && Tile<Types>::Stencil::kAxisTaps == 2) {
       Trails<Types, Ch> trails;
       for (; i < stop; ++i) body(n + i, tile.stencil(i, &trails), AllRows{}, channels);
       trails.flush(points.call.shape);

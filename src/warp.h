@@ -295,6 +295,7 @@ template <class S, class T>
 JAXWARP_HD void add_slopes(const T (&w)[S::kDims][S::kAxisTaps],
                            const T (&dw)[S::kDims][S::kAxisTaps], const T (&pull)[S::kCorners],
                            T (&ct_points)[S::kDims]) {
+  if constexpr (S::kMethod == Method::kNearest) return;  // no weight moves
   JAXWARP_UNROLL for (int a = 0; a < S::kDims; ++a) {
     for_corners<S::kCorners>([&](int k) JAXWARP_INLINE {
       const T slope = S::weight(k, w, dw, a);
