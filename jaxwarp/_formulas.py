@@ -241,12 +241,18 @@ def is_nowhere(points: Array, boundary: Boundaries) -> Array:
 
 def pick(image: Array, points: Array, boundary: Boundaries, fill_value: ArrayLike) -> Array:
     """(1) by "nearest" of an image of integers or bools: the pixel itself."""
+    *shape, channels = image.shape
+    if any(n == 0 for n in shape):
+        return jnp.broadcast_to(fill_value, (*points.shape[:-1], channels))
     finite = is_finite(points)
-    no_derivative = (0,) * len(boundary)
-    at = jnp.where(finite, points, 0)
-    j, _ = corners(at, image.shape[:-1], "nearest", boundary, no_derivative)
-    fill = jnp.asarray(fill_value, image.dtype)
-    return jnp.where(finite, with_ring(image, boundary, fill)[j][..., 0, :], fill)
+    at, no_derivative = jnp.where(finite, points, 0), (0,) * len(boundary)
+    j, _ = corners(at, shape, "nearest", boundary, no_derivative)
+    inside, index = finite[..., 0], []
+    for padded, n, (margin, _) in zip(j, shape, ring_of(boundary), strict=True):
+        i = padded[..., 0] - margin
+        inside &= (i >= 0) & (i < n)
+        index.append(jnp.clip(i, 0, n - 1))
+    return jnp.where(inside[..., None], image[tuple(index)], fill_value)
 
 
 def raised_orders(derivative: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -1,21 +1,17 @@
 """Complex numbers, integers, and arrays as fill: by the primitives, which know real floating-point
 numbers and one number as fill."""
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
 from jaxwarp import _formulas, _primitives
-from jaxwarp._formulas import apart, complex_of, parts_of, side_by_side
+from jaxwarp._formulas import complex_of, parts_of
 from jaxwarp._primitives import PLAIN, Operands, Reduction, Sampling, Shape
 
 Fill = float | Array  # a part of the program; or an array, () or (C,)
-PIECE = 16  # bits of an integer that go into one channel: so many are exact in float32
 
 
 def gather(
@@ -33,11 +29,8 @@ def gather(
     if not jnp.issubdtype(image.dtype, jnp.floating):
         # Nothing moves as the points do, so neither mode of differentiation is asked for more.
         points = jax.lax.stop_gradient(points)
-        pieces = _pieces(image)
-        sampling = sampling._replace(fill_value=-1.0)  # which no piece is
-        out = _primitives.gather(side_by_side(pieces, of_image), points, sampling)
-        found = apart(out, len(pieces), of_values)
-        return jnp.where(found[0] >= 0, _whole(found, image.dtype), fill)
+        each = jnp.broadcast_to(fill, (1,) * (image.ndim - dims - 1) + (image.shape[of_image],))
+        return _primitives.pick(image, points, each, sampling)
     if "constant" not in sampling.boundary:
         fill = 0.0  # nothing lies outside
     if isinstance(fill, float):
@@ -45,9 +38,16 @@ def gather(
         return _primitives.gather(image, points, sampling, forward_mode=forward_mode)
     exact = image.astype(_primitives.accumulator(image.dtype))  # the sum is rounded once
     inside = _primitives.gather(exact, points, sampling, forward_mode=forward_mode)
-    points = points.astype(jnp.promote_types(points.dtype, exact.dtype))
-    outside = _outside(points, fill.astype(exact.dtype), image.shape[-dims - 1 : -1], sampling)
-    return (inside + outside).astype(image.dtype)
+
+    # The weights outside add up to a sample of an image of zeros with 1 around it.
+    shape = image.shape[-dims - 1 : -1]
+    zeros = jnp.zeros((*(1,) * (image.ndim - dims - 1), *shape, 1), exact.dtype)
+    around = sampling._replace(fill_value=1.0)
+    share = _primitives.gather(zeros, points, around, forward_mode=forward_mode)
+    share = jnp.where(jnp.isnan(share), 0, share)  # as the sample is already
+    touches = _touches_outside(points, shape, sampling)  # else even an infinite fill does nothing
+    outside = jnp.where(touches[..., None], fill.astype(exact.dtype), 0)
+    return (inside + _formulas.weighted(share, outside)).astype(image.dtype)
 
 
 def splat(
@@ -71,87 +71,27 @@ def splat(
         sampling = sampling._replace(fill_value=fill)
         return _primitives.splat(values, points, importance, shape, sampling, **rest)
     results = _primitives.splat(values, points, importance, shape, sampling, **rest)
-    coverage = results["coverage"]
-    divisor = results.get("weight", coverage)
-    hole = _primitives.holes(coverage, divisor, reduction)
+    planes: Operands = {"weight": results["coverage"]} | results
+    hole = _primitives.holes(planes["coverage"], planes["weight"], reduction)
     image = jnp.where(hole[..., None], fill.astype(values.dtype), results["image"])
     return results | {"image": image}
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _outside(points: Array, fill: Array, shape: Shape, sampling: Sampling) -> Array:
-    """What the corners outside an image of spatial `shape` add to each sample, (*B, *S, C)."""
-    share = _share_outside(points, shape, sampling).astype(fill.dtype)
-    return _formulas.weighted(share[..., None], fill)
-
-
-@partial(_outside.defjvp, symbolic_zeros=True)
-def _outside_jvp(shape: Shape, sampling: Sampling, primals: Any, tangents: Any) -> Any:
-    """As of the whole family, d/dp_a raises the order of the weights along a."""
-    (points, fill), (d_points, d_fill) = primals, tangents
-    out = _outside(points, fill, shape, sampling)
-    d_out = jnp.zeros_like(out)
-    if not isinstance(d_fill, SymbolicZero):
-        d_out += _share_outside(points, shape, sampling).astype(fill.dtype)[..., None] * d_fill
-    if not isinstance(d_points, SymbolicZero):
-        for a in range(points.shape[-1]):
-            slope = _outside(points, fill, shape, sampling.raised(a))
-            d_out += slope * d_points[..., a, None].astype(fill.dtype)
-    return out, d_out
-
-
-def _share_outside(points: Array, shape: Shape, sampling: Sampling) -> Array:
-    """Of every point, the sum of its weights outside, (*B, *S).
-
-    Weights are products along the axes, so this takes no corners: all weights along some axes add
-    up to `inside` and `outside`, and one axis more makes four products of them.
-    """
+def _touches_outside(points: Array, shape: Shape, sampling: Sampling) -> Array:
+    """May a corner of a point lie outside an image of spatial `shape`? (*B, *S)"""
     if sampling.displacement:
         points = _formulas.displaced(points)
-    finite = _formulas.is_finite(points)
-    at = jnp.where(finite, points, 0)
-    inside, outside = jnp.ones_like(at[..., 0]), jnp.zeros_like(at[..., 0])
-    for a, (boundary, order) in enumerate(zip(sampling.boundary, sampling.derivative, strict=True)):
-        n = shape[-1 - a]
-        index, weight = _formulas.axis_taps(at[..., a], n, sampling.method, boundary, order)
-        beyond = ((index < 1) | (index > n)) & (boundary == "constant")
-        along = jnp.where(beyond, 0, weight).sum(-1)
-        past = jnp.where(beyond, weight, 0).sum(-1)
-        outside = outside * (along + past) + inside * past
-        inside = inside * along
-    # Infinitely far outside all of the weights are, and nowhere none, where the sample is NaN.
-    nowhere = _formulas.is_nowhere(points, sampling.boundary)[..., 0]
-    far = jnp.where(nowhere | any(sampling.derivative), 0, 1)
-    return jnp.where(finite[..., 0], outside, far)
+    _, taps = _formulas.METHODS[sampling.method]
+    before, behind = -min(taps), max(1, *taps)  # "nearest" is one of two pixels
+    inside = jnp.ones(points.shape[:-1], bool)
+    for a, boundary in enumerate(sampling.boundary):
+        if boundary == "constant":
+            at = points[..., a]
+            inside &= (at >= before) & (at < shape[-1 - a] - behind)
+    return ~inside
 
 
 def _parts_of_fill(fill: Fill, channels: int) -> Fill:
     if isinstance(fill, float) and fill == 0:
         return fill
     return parts_of(jnp.broadcast_to(fill, (channels,)))
-
-
-def _pieces(image: Array) -> list[Array]:
-    """An image of integers or bools as images of float32: of PIECE bits each, not negative."""
-    if image.dtype.kind == "b":
-        return [image.astype(jnp.float32)]
-    unsigned, shifts = _layout(image.dtype)
-    words = jax.lax.bitcast_convert_type(image, unsigned)
-    return [((words >> shift) & (2**PIECE - 1)).astype(jnp.float32) for shift in shifts]
-
-
-def _whole(pieces: list[Array], dtype: np.dtype) -> Array:
-    """The inverse of `_pieces`; of pieces below 0, or NaN, some number."""
-    if dtype.kind == "b":
-        return pieces[0] > 0
-    unsigned, shifts = _layout(dtype)
-    words = [
-        jnp.where(piece > 0, piece, 0).astype(unsigned) << shift
-        for piece, shift in zip(pieces, shifts, strict=True)
-    ]
-    return jax.lax.bitcast_convert_type(sum(words[1:], words[0]), dtype)
-
-
-def _layout(dtype: np.dtype) -> tuple[np.dtype, range]:
-    bits = 8 * dtype.itemsize
-    return np.dtype(f"uint{bits}"), range(0, bits, PIECE)

@@ -34,7 +34,7 @@ plain_p.multiple_results = True
 def call(
     target: str, inputs: dict[str, Array], outputs: dict[str, jax.ShapeDtypeStruct], **options: Any
 ) -> dict[str, Array]:
-    """Computes ``jaxwarp_gather`` or ``jaxwarp_splat``; operands and results have names."""
+    """Computes the target of that name; operands and results have names."""
     results = plain_p.bind(
         *inputs.values(),
         target=target,
@@ -105,6 +105,9 @@ def _compute(
     if target == "jaxwarp_gather":
         one = partial(_gather, fill_value=fill_value, **sampling)
         batch = outputs["values"].shape[:rank]
+    elif target == "jaxwarp_pick":
+        one = partial(_pick, boundary=boundary)
+        batch = outputs["values"].shape[:rank]
     else:
         image = outputs["image"].shape
         spatial = image[rank + 1 :] if channels_first else image[rank:-1]
@@ -171,6 +174,11 @@ def _gather(
     padded = _formulas.with_ring(image, boundary, fill_value)
     sampled = _formulas.weighted(weight[..., None], padded[j]).sum(-2)
     return {"values": jnp.where(finite, sampled, jnp.nan)}
+
+
+def _pick(operands: Operands, *, boundary: tuple[str, ...]) -> Operands:
+    image, points, fill = (operands[name] for name in ("image", "points", "fill"))
+    return {"values": _formulas.pick(image, points, boundary, fill)}
 
 
 def _splat(

@@ -3,6 +3,7 @@
 This file and `_plain` alone know jax.interpreters.
 
     gather_p   image, points[, importance, peak] -> values             (1)
+    pick_p     image, points, fill -> values    the same of any dtype, by "nearest"; plain jnp
     splat_p    values, points[, importance[, peak]] -> image[, coverage ...]   (5)
     *_vjp_p    the fused adjoint of each, (2) and (6): one kernel for all cotangents asked for
     *_tangent_p  how the result moves with all operands, in one kernel: jvp; the fused adjoint is
@@ -109,6 +110,8 @@ def _core(name: str, dims: int, sampling: Sampling) -> Labels:
         return (*grid, COORDINATE)
     if kind == "importance":
         return grid
+    if kind == "fill":
+        return (CHANNEL,)
     if kind in ("coverage", "weight", "peak"):
         return spatial
     extent = grid if kind == "values" else spatial
@@ -231,7 +234,7 @@ def _run_kernel(
     """
     stored = _stored(operands)
     as_given = {name: x.dtype for name, x in operands.items()}
-    if np.float64 in (stored, as_given["points"]):
+    if np.float64 in (stored, as_given["points"]) and jnp.issubdtype(stored, jnp.floating):
         stored = np.dtype(np.float64)
         as_given = dict.fromkeys(as_given, stored)
     if "d_points" in operands:
@@ -361,7 +364,10 @@ def _splat_in_parts(
 
 
 def _define(
-    name: str, outputs: Callable[..., Operands], plain: Callable[..., Operands] | None = None
+    name: str,
+    outputs: Callable[..., Operands],
+    plain: Callable[..., Operands] | None = None,
+    has_kernel: bool = True,
 ) -> Primitive:
     """A primitive over named operands: what it returns, and how that is computed when compiled: by
     the kernel of that name, and where there is none by `plain`."""
@@ -402,6 +408,8 @@ def _define(
         return mlir.lower_fun(lower, multiple_results=True)
 
     def lower_plainly(ctx: Any, *arrays: Any, **params: Any) -> Any:
+        if not has_kernel:
+            return plainly(ctx, *arrays, **params)
         platforms = ctx.platforms or ctx.module_context.platforms
         scatters = name == "jaxwarp_splat"
         _ffi.check_without_kernels(platforms, scatters and params["sampling"].deterministic)
@@ -425,7 +433,7 @@ def _define(
     primitive.def_abstract_eval(abstract)
     plainly = lowering(plain or partial(_run_kernel, _plain, name))
     mlir.register_lowering(primitive, lower_plainly)
-    for platform in _ffi.MODULES:
+    for platform in _ffi.MODULES if has_kernel else ():
         # On a CPU sums are deterministic anyway, so the kernel is not asked for more.
         replaced = {"deterministic": False} if platform == "cpu" else {}
         kernel = lowering(partial(_run_kernel, _ffi, name), **replaced)
@@ -458,6 +466,15 @@ def gather(
     return _bind(gather_p, _gather_outputs, operands, sampling=sampling, forward_mode=forward_mode)[
         "values"
     ]
+
+
+def pick(image: Array, points: Array, fill: Array, sampling: Sampling) -> Array:
+    """(*B, *shape, C), (*B, *S, d), (*B, C) -> (*B, *S, C)
+
+    A gather by "nearest" of an image of any dtype. It has no derivative.
+    """
+    operands = {"image": image, "points": points, "fill": fill}
+    return _bind(pick_p, _gather_outputs, operands, sampling=sampling)["values"]
 
 
 def splat(
@@ -741,6 +758,7 @@ def _splat_vjp(
 # ---------------------------------------------------------------------------- the family
 
 gather_p = _define("jaxwarp_gather", _gather_outputs)
+pick_p = _define("jaxwarp_pick", _gather_outputs, has_kernel=False)
 gather_vjp_p = _define("jaxwarp_gather_vjp", _vjp_outputs, _gather_vjp)
 gather_vjp_tangent_p = _define(
     "jaxwarp_gather_vjp_tangent", _gather_vjp_tangent_outputs, _gather_vjp_tangent

@@ -88,7 +88,7 @@ def gather(
         return complex_of(gather(parts_of(image), points, fill_value=fill, **options))
     boundary = boundaries_of(boundary, points.shape[-1])
     if not jnp.issubdtype(image.dtype, jnp.floating):
-        return _formulas.pick(image, points, boundary, fill_value)
+        return _formulas.pick(image, points, boundary, jnp.asarray(fill_value, image.dtype))
     derivative = tuple(derivative or (0,) * points.shape[-1])
     accumulated = image.astype(at_least_float32(image))
     fill = jnp.asarray(fill_value, accumulated.dtype)

@@ -93,6 +93,20 @@ def test_integers_are_picked_at_the_rounded_position(dtype, module):
     np.testing.assert_array_equal(out, expected)
 
 
+@MODULES
+@pytest.mark.parametrize("boundary", [*cases.BOUNDARIES, MIXED])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_integers_are_those_numbers(dims, boundary, module):
+    """Those that float64 holds, at positions of all kinds."""
+    along = cases.PER_AXIS[dims] if boundary == MIXED else boundary
+    case = cases.Case("gather", dims, {"method": "nearest", "boundary": along, "fill_value": -7})
+    image, points = case.inputs()
+    image = whole_numbers("int32", image.shape)
+    expected = case.function(module)(image.astype(np.float64), points)
+    out = case.function(module)(image, points)
+    np.testing.assert_array_equal(out, np.where(np.isnan(expected), -7, expected))
+
+
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", "int32", "uint32"])
 def test_integers_without_x64(dtype):
     image, points = whole_numbers(dtype, (4, 5, 3)), np.float32([[1, 2], [3.2, 0.9], [9, 9]])
