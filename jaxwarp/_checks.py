@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -23,7 +24,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 COMPLEX = ("complex64", "complex128")
 INTEGERS = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
 POINT_DTYPES = ("float32", "float64")
-NUMBERS = (bool, int, float, complex, np.number, np.bool_)
+NUMBERS = (bool, int, float, complex, np.generic)
 AXES = {2: ("(x, y)", "(H, W)"), 3: ("(x, y, z)", "(D, H, W)")}
 
 Method = Literal["nearest", "linear", "cubic"]
@@ -44,7 +45,7 @@ def array(name: str, given: ArrayLike, dtypes: Sequence[str], remedy: str = "") 
 def _conversion(name: str, dtype: np.dtype) -> str:
     """The advice that fits a dtype which is not taken: nothing is lost by it."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return f"pass jnp.stack([{name}.real, {name}.imag], -1), or what of the two you mean"
+        return f"positions and weights are real: pass {name}.real and {name}.imag as you mean them"
     bits = 8 * dtype.itemsize
     if bits <= 16:  # integers, bools, and floating-point numbers that hold no position
         return f"convert it to float32, which holds every {dtype}: {name}.astype(jnp.float32)"
@@ -106,7 +107,9 @@ def boundaries(given: Any, dims: int) -> tuple[str, ...]:
 
 def number(name: str, value: Any) -> float:
     # One object for every NaN, so that equal options hash alike and compiled code is found again.
-    if isinstance(value, int | float | np.integer | np.floating):
+    if isinstance(value, np.generic) and value.dtype.name in (*FLOATS, *INTEGERS):
+        value = value.item()
+    if isinstance(value, int | float | np.floating):
         if isinstance(value, int) and abs(value) > sys.float_info.max:
             raise ValueError(
                 f"{name}: expected a number that a float holds, got an int above "
@@ -121,7 +124,6 @@ def number(name: str, value: Any) -> float:
 
 def fill(given: Any, dtype: np.dtype, channels: int) -> float | Array:
     """A number of the compiled program, or an array () or (C,); of integers, in their dtype."""
-    holds_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     listed = isinstance(given, Array | np.ndarray | list | tuple)
     if not listed and not isinstance(given, NUMBERS):
         raise TypeError(
@@ -133,8 +135,14 @@ def fill(given: Any, dtype: np.dtype, channels: int) -> float | Array:
     elif not listed and not isinstance(given, complex | np.complexfloating):
         return number("fill_value", given)
     else:
-        x = jnp.asarray(given)
-        if jnp.iscomplexobj(x) and not holds_complex:
+        try:
+            x = jnp.asarray(given)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"fill_value: expected a number for each channel, got {given!r}; pass an array of "
+                "numbers that a float holds"
+            ) from error
+        if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
                 f"fill_value: expected real numbers for an array of {dtype}, got {x.dtype}; make "
                 "the array complex too"
@@ -150,26 +158,32 @@ def fill(given: Any, dtype: np.dtype, channels: int) -> float | Array:
 
 def _whole_fill(given: Any, dtype: np.dtype) -> Array:
     """Never by way of a float, which holds no large integers."""
-    if isinstance(given, Array):
-        if not np.can_cast(given.dtype, dtype):
+    parts = given if isinstance(given, list | tuple) else [given]
+    if any(isinstance(part, jax.core.Tracer) for part in parts):
+        traced = jnp.asarray(given)
+        if not np.can_cast(traced.dtype, dtype):
             raise TypeError(
-                f"fill_value: expected an array of {dtype}, as the image, got {given.dtype}; make "
-                f"it with that dtype"
+                f"fill_value: expected {dtype}, as the image, while it is traced, got "
+                f"{traced.dtype}; give it that dtype before, where its value can be checked"
             )
-        return given.astype(dtype)
-    exact = np.asarray(given)
-    try:
-        with np.errstate(invalid="ignore"):
-            held = exact.real.astype(dtype)
-        good = bool(np.all(held == exact)) and not np.iscomplexobj(exact)
-    except (OverflowError, TypeError, ValueError):
-        good = False
-    if not good:
+        return traced.astype(dtype)
+    numbers = given if isinstance(given, list | tuple) else np.asarray(given)
+    each = np.asarray(numbers, dtype=object)
+    if not all(_is_held(x, dtype) for x in each.flat):
         raise ValueError(
             f"fill_value: expected what {dtype} holds exactly, got {given!r}; pass integers within "
             "its range"
         )
-    return jnp.asarray(held)
+    return jnp.asarray(np.array([int(x) for x in each.flat], dtype).reshape(each.shape))
+
+
+def _is_held(x: Any, dtype: np.dtype) -> bool:
+    if not isinstance(x, bool | int | float | np.integer | np.floating | np.bool_):
+        return False
+    if not math.isfinite(x) or int(x) != x:
+        return False
+    low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return int(low) <= int(x) <= int(high)
 
 
 def flag(name: str, value: Any) -> bool:

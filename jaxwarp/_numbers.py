@@ -45,6 +45,8 @@ def gather(
     around = sampling._replace(fill_value=1.0)
     share = _primitives.gather(zeros, points, around, forward_mode=forward_mode)
     share = jnp.where(jnp.isnan(share), 0, share)  # as the sample is already
+    if sampling.method == "nearest":
+        share = jax.lax.stop_gradient(share)  # so that an infinite fill is not multiplied by 0
     touches = _touches_outside(points, shape, sampling)  # else even an infinite fill does nothing
     outside = jnp.where(touches[..., None], fill.astype(exact.dtype), 0)
     return (inside + _formulas.weighted(share, outside)).astype(image.dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxwarp import _checks, _numbers, _primitives
+from jaxwarp import _checks, _formulas, _numbers, _primitives
 from jaxwarp._checks import AXES, Boundary, Method, Reduce
 from jaxwarp._primitives import Reduction
 from jaxwarp.reference import Fill
@@ -45,8 +45,7 @@ def pixel_grid(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Ar
             f"dtype: expected one of {', '.join(_checks.POINT_DTYPES)}, got {dtype}; "
             "positions need at least float32"
         )
-    axes = jnp.meshgrid(*(jnp.arange(n, dtype=dtype) for n in sizes), indexing="ij")
-    return jnp.stack(axes[::-1], axis=-1)
+    return _formulas.pixel_positions(sizes, dtype)
 
 
 def gather(
@@ -104,8 +103,8 @@ def gather(
 
     Raises:
       TypeError: an array of another dtype; half-precision `points`; an option of another type.
-      ValueError: a rank, last axis or option that is not as above; an empty axis of the image
-        with a boundary other than ``"constant"``.
+      ValueError: a rank, last axis or option that is not as above; a derivative of integers; an
+        empty axis of the image with a boundary other than ``"constant"``.
 
     Example:
       >>> import jax.numpy as jnp, jaxwarp
@@ -134,6 +133,11 @@ def gather(
             f"pass {AXES[dims][0]}"
         )
     orders = _checks.orders(derivative, dims)
+    if any(orders) and image.dtype.name in _checks.INTEGERS:
+        raise ValueError(
+            f"derivative: expected none of an image of {image.dtype}, got {derivative!r}; by "
+            "'nearest' it is 0 everywhere"
+        )
     sampling = _checks.sampling(method, boundary, orders, False, deterministic)
     _checks.spatial("image", image.shape[:-1], sampling.boundary)
     out = _numbers.gather(

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated as Float  # what jaxtyping's are to type checkers
 from typing import Annotated as Shaped
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,5 +139,7 @@ def backward_warp(
         forward_mode=forward_mode,
         deterministic=deterministic,
     )
-    nowhere = jnp.nan if jnp.issubdtype(image.dtype, jnp.inexact) else fill
+    nowhere: Any = fill if image.dtype.name in _checks.INTEGERS else jnp.nan
+    if jnp.iscomplexobj(image):
+        nowhere = complex(jnp.nan, jnp.nan)
     return jnp.where(inside[..., None], out, nowhere)

@@ -224,18 +224,31 @@ WRONG = [
             fill_value=fill,
             method="nearest",
         )
-        for fill in (256, -1, 0.5, np.nan, 2**70, 1j, [0, 1, 256], np.array([-1, 0, 1]))
+        for fill in (256, -1, 0.5, np.nan, 2**70, 1j, [0, 1, 256], np.array([-1, 0, 1]), ["zero"])
+    ),
+    *(
+        case(
+            TypeError,
+            "fill_value",
+            "a number for each",
+            repr(fill),
+            gather,
+            IMAGE,
+            POINTS,
+            fill_value=fill,
+        )
+        for fill in (["zero"], [1, [2, 3]], [10**400])
     ),
     case(
-        TypeError,
-        "fill_value",
-        "uint8",
-        "int32",
+        ValueError,
+        "derivative",
+        "none of an image of uint8",
+        "(1, 0)",
         gather,
         PIXELS,
         POINTS,
-        fill_value=jnp.zeros(3, "int32"),
         method="nearest",
+        derivative=(1, 0),
     ),
     case(ValueError, "fill_value", "float", "1.8e+308", gather, IMAGE, POINTS, fill_value=10**400),
     case(TypeError, "min_coverage", "float", "str", forward, IMAGE, FLOW, min_coverage="0"),
@@ -372,6 +385,17 @@ def test_static_options_cannot_be_traced():
 
     with pytest.raises(TypeError, match=r"min_coverage: expected a Python float, got .*; .*"):
         jax.jit(warp)(0.5)
+
+
+def test_a_traced_fill_of_integers_has_their_dtype():
+    def warp(fill):
+        return gather(PIXELS, POINTS, method="nearest", fill_value=fill)
+
+    for fill in (np.int32(3), jnp.zeros(3, "int32")):
+        with pytest.raises(TypeError, match=r"fill_value: expected uint8, .*, got int32; .*"):
+            jax.jit(warp)(fill)
+        np.testing.assert_array_equal(warp(fill), PIXELS[0, 0] * np.ones((7, 1), np.uint8))
+    jax.jit(warp)(np.uint8(3))
 
 
 @pytest.mark.parametrize("dtype", [*cases.INTEGERS, "int4", "float8_e4m3fn"])

@@ -158,6 +158,16 @@ def test_integers_with_a_fill_for_each_channel(fill, module):
         np.testing.assert_array_equal(out, [[1, 2, 255]])
 
 
+def test_fills_of_large_integers_are_exact():
+    image, outside = np.ones((2, 2, 2), np.uint64), np.float64([[9, 9]])
+    for fill in ((1, 2**63 + 1), [0, 2**64 - 1], np.uint64([5, 2**64 - 1])):
+        out = jaxwarp.gather(image, outside, method="nearest", fill_value=fill)
+        np.testing.assert_array_equal(out, np.array([fill], np.uint64))
+    for dtype, fill in (("int64", 2.0**63), ("uint64", 2.0**64)):
+        with pytest.raises(ValueError, match="fill_value: expected what"):
+            jaxwarp.gather(image.astype(dtype), outside, method="nearest", fill_value=fill)
+
+
 def test_integers_do_not_touch_debug_nans():
     with jax.debug_nans(True):
         out = jaxwarp.gather(np.ones((2, 2, 1), int), np.float64([[9, 9]]), method="nearest")
@@ -328,7 +338,8 @@ def test_dtypes_of_fills(op, dtype, fill_dtype):
     no_cotangent = jax.dtypes.float0 if fill_dtype == "int32" else fill_dtype
     assert out.dtype == dtype
     assert [x.dtype for x in cts] == [dtype, np.float32, no_cotangent]
-    # Rounded once: as exact as a number.
+    # Rounded once, as with a number: for half types the bits are equal, and for others the sums are
+    # taken in another order.
     for c, number in enumerate([1.0, 0.0, -3.0]):
         expected = case.function(jaxwarp, fill_value=number)(image, points)[..., c]
         ulp = float(jnp.finfo(dtype).eps) if dtype in ("float32", "float64") else 0
@@ -357,6 +368,13 @@ def test_a_fill_that_is_no_number_touches_only_what_lies_outside(method, number)
     inside = np.isfinite(expected_points)
     assert inside[-48:].all()
     np.testing.assert_allclose(ct_points[inside], expected_points[inside], rtol=0, atol=EXACT)
+    if method == "nearest":  # no weight moves, so no derivative is such a number
+
+        def function(points):
+            fill = np.array([number] * 3)
+            return case.function(jaxwarp, fill_value=fill, forward_mode=True)(image, points)
+
+        np.testing.assert_array_equal(jax.jvp(function, (points,), (points,))[1], 0)
 
 
 @pytest.mark.parametrize("case", [FILLED[0], FILLED[-3]], ids=str)
