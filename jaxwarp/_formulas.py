@@ -348,30 +348,20 @@ def boundaries_of(boundary: str | Sequence[str], dims: int) -> Boundaries:
     return (boundary,) * dims if isinstance(boundary, str) else tuple(boundary)
 
 
-# Channels side by side: the parts of a channel are neighbours, so that an array which is sharded
-# over its channels stays where it is.
-
-
-def side_by_side(parts: Sequence[Array], axis: int) -> Array:
-    shape = list(parts[0].shape)
-    shape[axis] *= len(parts)
-    return jnp.stack(parts, axis).reshape(shape)
-
-
-def apart(x: Array, count: int, axis: int) -> list[Array]:
-    at = x.ndim + axis
-    parts = x.reshape(*x.shape[:at], x.shape[at] // count, count, *x.shape[at + 1 :])
-    return [jax.lax.index_in_dim(parts, i, at + 1, keepdims=False) for i in range(count)]
-
-
 def parts_of(x: Array, axis: int = -1) -> Array:
-    """Real and imaginary part of each channel side by side, along the axis of the channels."""
-    return side_by_side([x.real, x.imag], axis)
+    """Real and imaginary part of each channel side by side, along the axis of the channels: so an
+    array that is sharded over its channels stays where it is."""
+    shape = list(x.shape)
+    shape[axis] *= 2
+    return jnp.stack([x.real, x.imag], axis).reshape(shape)
 
 
 def complex_of(parts: Array, axis: int = -1) -> Array:
     """The inverse of `parts_of`."""
-    return jax.lax.complex(*apart(parts, 2, axis))
+    at = parts.ndim + axis
+    pairs = parts.reshape(*parts.shape[:at], parts.shape[at] // 2, 2, *parts.shape[at + 1 :])
+    real, imaginary = (jax.lax.index_in_dim(pairs, i, at + 1, keepdims=False) for i in (0, 1))
+    return jax.lax.complex(real, imaginary)
 
 
 def displaced(flow: Array) -> Array:

@@ -47,7 +47,8 @@ def gather(
     share = jnp.where(jnp.isnan(share), 0, share)  # as the sample is already
     if sampling.method == "nearest":
         share = jax.lax.stop_gradient(share)  # so that an infinite fill is not multiplied by 0
-    touches = _touches_outside(points, shape, sampling)  # else even an infinite fill does nothing
+    at = points.astype(jnp.promote_types(points.dtype, exact.dtype))  # as the kernels form it
+    touches = _touches_outside(at, shape, sampling)  # else even an infinite fill does nothing
     outside = jnp.where(touches[..., None], fill.astype(exact.dtype), 0)
     return (inside + _formulas.weighted(share, outside)).astype(image.dtype)
 

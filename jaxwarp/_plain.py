@@ -102,12 +102,10 @@ def _compute(
         "boundary": boundary,
         "derivative": derivative,
     }
-    if target == "jaxwarp_gather":
-        one = partial(_gather, fill_value=fill_value, **sampling)
-        batch = outputs["values"].shape[:rank]
-    elif target == "jaxwarp_pick":
+    if target == "jaxwarp_pick":
         one = partial(_pick, boundary=boundary)
-        batch = outputs["values"].shape[:rank]
+    elif target == "jaxwarp_gather":
+        one = partial(_gather, fill_value=fill_value, **sampling)
     else:
         image = outputs["image"].shape
         spatial = image[rank + 1 :] if channels_first else image[rank:-1]
@@ -119,8 +117,8 @@ def _compute(
             min_coverage=min_coverage,
             **sampling,
         )
-        batch = image[:rank]
-    results = _over_batch(one, batch, operands)
+    of_result = outputs["image" if target == "jaxwarp_splat" else "values"]
+    results = _over_batch(one, of_result.shape[:rank], operands)
     for name in {"image", "values"} & results.keys() if channels_first else ():
         results[name] = jnp.moveaxis(results[name], -1, rank)
     return {n: results[n].reshape(out.shape).astype(out.dtype) for n, out in outputs.items()}

@@ -370,7 +370,8 @@ def _define(
     has_kernel: bool = True,
 ) -> Primitive:
     """A primitive over named operands: what it returns, and how that is computed when compiled: by
-    the kernel of that name, and where there is none by `plain`."""
+    the kernel of that name, and where there is none by `plain`. Of what has no kernel on any
+    platform nobody is warned."""
     primitive = Primitive(name)
     primitive.multiple_results = True
 
@@ -408,8 +409,6 @@ def _define(
         return mlir.lower_fun(lower, multiple_results=True)
 
     def lower_plainly(ctx: Any, *arrays: Any, **params: Any) -> Any:
-        if not has_kernel:
-            return plainly(ctx, *arrays, **params)
         platforms = ctx.platforms or ctx.module_context.platforms
         scatters = name == "jaxwarp_splat"
         _ffi.check_without_kernels(platforms, scatters and params["sampling"].deterministic)
@@ -432,7 +431,7 @@ def _define(
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(abstract)
     plainly = lowering(plain or partial(_run_kernel, _plain, name))
-    mlir.register_lowering(primitive, lower_plainly)
+    mlir.register_lowering(primitive, lower_plainly if has_kernel else plainly)
     for platform in _ffi.MODULES if has_kernel else ():
         # On a CPU sums are deterministic anyway, so the kernel is not asked for more.
         replaced = {"deterministic": False} if platform == "cpu" else {}
