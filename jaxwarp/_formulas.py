@@ -8,9 +8,9 @@ pixels, ``(x, y[, z])``; `boundary` and `derivative` are tuples in the same orde
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -48,76 +48,65 @@ PERIODS: dict[str, Callable[[int], ArrayLike]] = {
 }
 
 
-# gather and splat form a family that is closed under differentiation: d/dp_a of a member is the
-# member with derivative[a] raised by one. Said to JAX as a rule, and not left to the product rule
-# of g * I(j), a NaN pixel reaches exactly the derivatives whose weight at that pixel is not 0.
-# With the weights of "softmax" splat stays in it: d/dl_i multiplies f_i, and the peak m_j, on which
-# the result of (5) does not depend, is a constant.
+# sampled() and shares() form a family that is closed under differentiation: d/dt_a of a member is
+# the member with derivative[a] raised by one. Said to JAX as a rule, and not left to the product
+# rule of g * I(j), a NaN pixel reaches exactly the derivatives whose weight at that pixel is not 0.
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def gather(
-    image: Array,
-    points: Array,
-    fill_value: ArrayLike,
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def sampled(pixels: Array, t: Array, method: str, derivative: tuple[int, ...]) -> Array:
+    """sum_j g(p, j) I(j) of (1), from the pixels (*S, *box, C) at the corners: (*S, C)."""
+    g = weights(t, method, derivative).astype(pixels.dtype)
+    return over_corners(weighted(g[..., None], pixels), len(derivative))
+
+
+@sampled.defjvp
+def sampled_jvp(
     method: str,
-    boundary: Boundaries,
     derivative: tuple[int, ...],
-) -> Array:
-    out = interpolate(image, points, fill_value, method, boundary, derivative, product=weighted)
-    far = 0.0 if any(derivative) else fill_value
-    beyond = jnp.where(is_nowhere(points, boundary), jnp.nan, far)
-    return jnp.where(is_finite(points), out, beyond)
-
-
-@gather.defjvp
-def gather_jvp(
-    method: str,
-    boundary: Boundaries,
-    derivative: tuple[int, ...],
-    primals: tuple[Array, Array, ArrayLike],
-    tangents: tuple[Array, Array, ArrayLike],
+    primals: tuple[Array, Array],
+    tangents: tuple[Array, Array],
 ) -> tuple[Array, Array]:
-    (image, points, fill), (d_image, d_points, d_fill) = primals, tangents
-    out_dot = interpolate(d_image, points, d_fill, method, boundary, derivative)
-    if not any(derivative):  # infinitely far outside
-        out_dot += jnp.where(is_finite(points) | is_nowhere(points, boundary), 0, d_fill)
-    for a, raised in enumerate(raised_orders(derivative)):
-        slope = gather(image, points, fill, method, boundary, raised)
-        out_dot += slope * d_points[..., a, None].astype(image.dtype)
-    return gather(image, points, fill, method, boundary, derivative), out_dot
+    (pixels, t), (d_pixels, d_t) = primals, tangents
+    g = weights(t, method, derivative).astype(pixels.dtype)
+    out_dot = over_corners(g[..., None] * d_pixels, len(derivative))
+    for d_along, raised in zip(along_axes(d_t), raised_orders(derivative), strict=True):
+        out_dot += sampled(pixels, t, method, raised) * d_along[..., None].astype(pixels.dtype)
+    return sampled(pixels, t, method, derivative), out_dot
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
-def splat(
-    values: Array,
-    points: Array,
-    logits: Array | None,
-    shape: tuple[int, ...],
-    method: str,
-    boundary: Boundaries,
-    derivative: tuple[int, ...],
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def shares(
+    values: Array, w: Array | None, t: Array, method: str, derivative: tuple[int, ...]
 ) -> Array:
-    return scatter(values, points, logits, shape, method, boundary, derivative, product=weighted)
+    """w_ij g(p_i, j) f_i of (5), from values (*S, C) and w (*S, *box): (*S, *box, C)."""
+    g = weights(t, method, derivative).astype(values.dtype)
+    if w is not None:
+        g = weighted(g, w)
+    return weighted(g[..., None], at_corners(values, len(derivative)))
 
 
-@splat.defjvp
-def splat_jvp(
-    shape: tuple[int, ...],
+@shares.defjvp
+def shares_jvp(
     method: str,
-    boundary: Boundaries,
     derivative: tuple[int, ...],
-    primals: tuple[Array, Array, Array | None],
-    tangents: tuple[Array, Array, Array | None],
+    primals: tuple[Array, Array | None, Array],
+    tangents: tuple[Array, Array | None, Array],
 ) -> tuple[Array, Array]:
-    (values, points, logits), (d_values, d_points, d_logits) = primals, tangents
-    if d_logits is not None:
-        d_values += values * d_logits
-    out_dot = scatter(d_values, points, logits, shape, method, boundary, derivative)
-    for a, raised in enumerate(raised_orders(derivative)):
-        moved = values * d_points[..., a, None].astype(values.dtype)
-        out_dot += scatter(moved, points, logits, shape, method, boundary, raised)
-    return splat(values, points, logits, shape, method, boundary, derivative), out_dot
+    (values, w, t), (d_values, d_w, d_t) = primals, tangents
+    dims = len(derivative)
+
+    def weight(order: tuple[int, ...], w: Array | None) -> Array:
+        g = weights(t, method, order).astype(values.dtype)
+        return (g if w is None else weighted(g, w))[..., None]
+
+    out_dot = weight(derivative, w) * at_corners(d_values, dims)
+    if d_w is not None:
+        out_dot += weight(derivative, d_w) * at_corners(values, dims)
+    for d_along, raised in zip(along_axes(d_t), raised_orders(derivative), strict=True):
+        moved = values * d_along[..., None].astype(values.dtype)
+        out_dot += weight(raised, w) * at_corners(moved, dims)
+    return shares(values, w, t, method, derivative), out_dot
 
 
 @jax.custom_jvp
@@ -147,25 +136,25 @@ def exponential(logit: Array, peak: Array) -> Array:
 exponential.defjvps(lambda d_logit, w, logit, peak: w * d_logit, None)
 
 
-def interpolate(
+def gather(
     image: Array,
     points: Array,
     fill_value: ArrayLike,
     method: str,
     boundary: Boundaries,
     derivative: tuple[int, ...],
-    product: Callable[[Array, Array], Array] = jnp.multiply,
 ) -> Array:
-    """sum_j g(p, j) I(j) of (1); 0 at a position that is not finite."""
-    finite = is_finite(points)
-    at = jnp.where(finite, points, 0)
-    j, g = corners(at, image.shape[:-1], method, boundary, derivative)
-    padded = with_ring(image, boundary, fill_value)
-    out = jnp.sum(product(g.astype(image.dtype)[..., None], padded[j]), axis=-2)
-    return jnp.where(finite, out, 0)
+    """(1); the fill infinitely far outside, and NaN where the position is none."""
+    finite, nowhere = is_finite(points), is_nowhere(points, boundary)
+    j, t = corners(jnp.where(finite, points, 0), image.shape[:-1], method, boundary)
+    out = sampled(with_ring(image, boundary, fill_value)[j], t, method, derivative)
+    # The sine of what is not finite is NaN, and so is each of its derivatives.
+    nan = jnp.sin(jnp.where(nowhere, points, 0).sum(-1, keepdims=True)).astype(out.dtype)
+    far = 0.0 if any(derivative) else fill_value
+    return jnp.where(finite, out, jnp.where(nowhere, nan, far))
 
 
-def total(
+def splat(
     values: Array,
     points: Array,
     logits: Array | None,
@@ -174,53 +163,48 @@ def total(
     boundary: Boundaries,
     derivative: tuple[int, ...],
 ) -> Array:
-    """sum_i w_ij g(p_i, j) f_i of (5), without the sources at positions that are not finite.
+    """sum_i w_ij g(p_i, j) f_i of (5), where w is 1 or, with logits (*S, 1), that of "softmax".
 
-    And without those with a logit of -inf, whose weight is 0 even where they are alone.
+    Without the sources at positions that are not finite, and without those with a logit of -inf,
+    whose weight is 0 even where they are alone.
     """
     kept = is_finite(points)
-    points = jnp.where(kept, points, 0)
     if logits is not None:
         kept &= logits != -jnp.inf
-        logits = jnp.where(kept, logits, -jnp.inf)
-    values = jnp.where(kept, values, 0)
-    return splat(values, points, logits, shape, method, boundary, derivative)
-
-
-def scatter(
-    values: Array,
-    points: Array,
-    logits: Array | None,
-    shape: tuple[int, ...],
-    method: str,
-    boundary: Boundaries,
-    derivative: tuple[int, ...],
-    product: Callable[[Array, Array], Array] = jnp.multiply,
-) -> Array:
-    """sum_i w_ij g(p_i, j) f_i of (5), where w is 1 or, with logits (*S, 1), that of "softmax"."""
-    j, g = corners(points, shape, method, boundary, derivative)
-    g = g.astype(values.dtype)
+    j, t = corners(jnp.where(kept, points, 0), shape, method, boundary)
+    w = None
     if logits is not None:
-        peak = peaks(points, logits.astype(values.dtype), shape, method, boundary)
-        g = weighted(g, exponential(logits, peak[j]))
-    return added(product(g[..., None], values[..., None, :]), j, shape, boundary)
+        logits = jnp.where(kept, logits, -jnp.inf).astype(values.dtype)
+        logits = at_corners(logits, len(shape))[..., 0]
+        w = exponential(logits, peaks(logits, j, t, shape, method, boundary)[j])
+    parts = shares(jnp.where(kept, values, 0), w, t, method, derivative)
+    return added(parts, j, shape, boundary)
 
 
 def added(
     parts: Array, j: tuple[Array, ...], shape: tuple[int, ...], boundary: Boundaries
 ) -> Array:
-    """The image of which every corner j gets its part, (*S, K, C) -> (*shape, C)."""
+    """The image of which every corner j gets its part, (*S, *box, C) -> (*shape, C)."""
     empty = jnp.zeros((*shape, parts.shape[-1]), parts.dtype)
     # What falls outside is added to the ring, and cut off with it.
     return without_ring(with_ring(empty, boundary, 0).at[j].add(parts), shape, boundary)
 
 
 def peaks(
-    points: Array, logits: Array, shape: tuple[int, ...], method: str, boundary: Boundaries
+    logits: Array,
+    j: tuple[Array, ...],
+    t: Array,
+    shape: tuple[int, ...],
+    method: str,
+    boundary: Boundaries,
 ) -> Array:
-    """m_j of "softmax", in the padded image; -inf where no source has a weight."""
-    j, g = corners(points, shape, method, boundary, (0,) * len(shape))
-    counts = (g.astype(logits.dtype) > 0) & ~jnp.isnan(logits)
+    """m_j of "softmax", in the padded image; -inf where no source has a weight.
+
+    From logits of the shape (*S, *box). Constants, since the result of (5) does not depend on them.
+    """
+    logits, t = jax.lax.stop_gradient((logits, t))
+    g = weights(t, method, (0,) * len(shape)).astype(logits.dtype)
+    counts = (g > 0) & ~jnp.isnan(logits)
     sizes = [n + sum(ring) for n, ring in zip(shape, ring_of(boundary), strict=True)]
     peak = jnp.full(sizes, -jnp.inf, logits.dtype)
     return peak.at[j].max(jnp.where(counts, logits, -jnp.inf))
@@ -245,11 +229,10 @@ def pick(image: Array, points: Array, boundary: Boundaries, fill_value: ArrayLik
     if any(n == 0 for n in shape):
         return jnp.broadcast_to(fill_value, (*points.shape[:-1], channels))
     finite = is_finite(points)
-    at, no_derivative = jnp.where(finite, points, 0), (0,) * len(boundary)
-    j, _ = corners(at, shape, "nearest", boundary, no_derivative)
+    j, _ = corners(jnp.where(finite, points, 0), shape, "nearest", boundary)
     inside, index = finite[..., 0], []
     for padded, n, (margin, _) in zip(j, shape, ring_of(boundary), strict=True):
-        i = padded[..., 0] - margin
+        i = padded.reshape(inside.shape) - margin  # of the one corner
         inside &= (i >= 0) & (i < n)
         index.append(jnp.clip(i, 0, n - 1))
     return jnp.where(inside[..., None], image[tuple(index)], fill_value)
@@ -261,56 +244,64 @@ def raised_orders(derivative: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         yield tuple(k + (a == b) for b, k in enumerate(derivative))
 
 
+# The corners of a point form a box with the axes of an image, [z,] y, x, each as long as the taps.
+
+
 def corners(
-    points: Array,
-    shape: Sequence[int],
-    method: str,
-    boundary: Boundaries,
-    derivative: Sequence[int],
+    points: Array, shape: Sequence[int], method: str, boundary: Boundaries
 ) -> tuple[tuple[Array, ...], Array]:
-    """The corners j of every finite point: indices into the padded image, and weights g(p, j).
+    """The corners j of every finite point, as indices into the padded image, and t = x - base.
 
-    d index arrays (*S, K) and one weight array (*S, K), where K = taps ** d.
+    There is an array of indices for each axis of the image; they broadcast to (*S, *box). t is
+    (*S, dims).
     """
-    d = len(shape)
-    taps = [  # one pair (indices, weights), each (*S, taps), per axis of the image: z, y, x
-        axis_taps(points[..., a], shape[d - 1 - a], method, boundary[a], derivative[a])
-        for a in reversed(range(d))
+    rounding, taps = METHODS[method]
+    base = rounding(jax.lax.stop_gradient(points))
+    index = []
+    for a, (along, x) in enumerate(zip(boundary, along_axes(base), strict=True)):
+        n = shape[len(shape) - 1 - a]
+        # Brought near before it becomes an integer, so that 1e30 is an ordinary position: by whole
+        # periods, or to where every tap is still outside.
+        near = jnp.mod(x, PERIODS[along](n)) if along in PERIODS else jnp.clip(x, -3, n + 2)
+        i = index_of(near.astype(int)[..., None] + np.array(list(taps)), n, along)
+        index.append(in_box(i, a, len(shape)))
+    return tuple(reversed(index)), points - base
+
+
+def weights(t: Array, method: str, derivative: tuple[int, ...]) -> Array:
+    """The weights g(p, j) of the corners, (*S, *box), differentiated along each axis."""
+    _, taps = METHODS[method]
+    factors = []
+    for a, (order, x) in enumerate(zip(derivative, along_axes(t), strict=True)):
+        derived = np.array([np.polyder(p, order) for p in taps.values()])  # (taps, powers)
+        along = jnp.zeros((*x.shape, len(taps)), t.dtype)
+        for coefficients in derived.T.astype(t.dtype):
+            along = along * x[..., None] + coefficients
+        factors.append(in_box(along, a, len(derivative)))
+    return reduce(operator.mul, reversed(factors))
+
+
+def along_axes(points: Array) -> list[Array]:
+    """The coordinates x, y[, z], each (*S,)."""
+    last = points.ndim - 1
+    return [
+        jax.lax.index_in_dim(points, a, last, keepdims=False) for a in range(points.shape[last])
     ]
-    box = (len(METHODS[method][1]),) * d
-
-    def along(axis: int, of_taps: Array) -> Array:
-        """The same for all corners that have the same tap along this axis: (*S, K)."""
-        others = [a for a in range(-d, 0) if a + d != axis]
-        in_box = jnp.broadcast_to(jnp.expand_dims(of_taps, others), (*points.shape[:-1], *box))
-        return in_box.reshape(*points.shape[:-1], math.prod(box))
-
-    index = tuple(along(axis, indices) for axis, (indices, _) in enumerate(taps))
-    weights = jnp.stack([along(axis, weights) for axis, (_, weights) in enumerate(taps)])
-    return index, jnp.prod(weights, axis=0)
 
 
-def axis_taps(x: Array, n: int, method: str, boundary: str, order: int) -> tuple[Array, Array]:
-    """Indices and weights, each (*S, taps), of what x touches along one axis of length n."""
-    rounding, polynomials = METHODS[method]
-    base = rounding(x)
-    t = x - base
-    # Brought near before it becomes an integer, so that 1e30 is an ordinary position: by whole
-    # periods, or to where every tap is still outside.
-    periodic = boundary in PERIODS
-    base = jnp.mod(base, PERIODS[boundary](n)) if periodic else jnp.clip(base, -3, n + 2)
-    base = base.astype(int)
-    index = jnp.stack([base + tap for tap in polynomials], axis=-1)
-    derived = (np.polyder(p, order).tolist() for p in polynomials.values())
-    weight = jnp.stack([polynomial(p, t) for p in derived], axis=-1)
-    return index_of(index, n, boundary), weight
+def in_box(of_taps: Array, axis: int, dims: int) -> Array:
+    """What corners with the same tap along that axis share: (*S, taps) -> (*S, *box)."""
+    return jnp.expand_dims(of_taps, [i for i in range(-dims, 0) if i != -1 - axis])
 
 
-def polynomial(coefficients: Sequence[float], t: Array) -> Array:
-    value = jnp.zeros_like(t)
-    for coefficient in coefficients:
-        value = value * t + coefficient
-    return value
+def at_corners(of_points: Array, dims: int) -> Array:
+    """What is the same for all corners of a point: (*S, C) -> (*S, *box, C)."""
+    return jnp.expand_dims(of_points, tuple(range(-1 - dims, -1)))
+
+
+def over_corners(parts: Array, dims: int) -> Array:
+    """The sum over the corners of a point: (*S, *box, C) -> (*S, C)."""
+    return jnp.sum(parts, axis=tuple(range(-1 - dims, -1)))
 
 
 def index_of(i: Array, n: int, boundary: str) -> Array:

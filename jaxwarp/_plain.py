@@ -163,15 +163,15 @@ def _gather(
     image, points = operands["image"], operands["points"]
     image = image.astype(_formulas.at_least_float32(image))
     if "peak" not in operands:
-        sampled = _formulas.gather(image, points, fill_value, method, boundary, derivative)
-        return {"values": sampled}
-    finite = _formulas.is_finite(points)
-    points = jnp.where(finite, points, 0)
-    j, g = _formulas.corners(points, image.shape[:-1], method, boundary, derivative)
-    weight = _softmax_weight(operands, g.astype(image.dtype), j, boundary)
-    padded = _formulas.with_ring(image, boundary, fill_value)
-    sampled = _formulas.weighted(weight[..., None], padded[j]).sum(-2)
-    return {"values": jnp.where(finite, sampled, jnp.nan)}
+        values = _formulas.gather(image, points, fill_value, method, boundary, derivative)
+        return {"values": values}
+    finite, dims = _formulas.is_finite(points), len(derivative)
+    j, t = _formulas.corners(jnp.where(finite, points, 0), image.shape[:-1], method, boundary)
+    g = _formulas.weights(t, method, derivative).astype(image.dtype)
+    weight = _softmax_weight(operands, g, j, boundary)
+    pixels = _formulas.with_ring(image, boundary, fill_value)[j]
+    values = _formulas.over_corners(_formulas.weighted(weight[..., None], pixels), dims)
+    return {"values": jnp.where(finite, values, jnp.nan)}
 
 
 def _pick(operands: Operands, *, boundary: tuple[str, ...]) -> Operands:
@@ -195,13 +195,14 @@ def _splat(
     importance = operands.get("importance")
     values = values.astype(_formulas.at_least_float32(values))
 
-    finite = _formulas.is_finite(points)
-    points = jnp.where(finite, points, 0)
-    j, g = _formulas.corners(points, shape, method, boundary, derivative)
-    g = jnp.where(finite, g.astype(values.dtype), 0)
+    finite, dims = _formulas.is_finite(points), len(shape)
+    j, t = _formulas.corners(jnp.where(finite, points, 0), shape, method, boundary)
+    g = _formulas.weights(t, method, derivative).astype(values.dtype)
+    g = jnp.where(_formulas.at_corners(finite, dims)[..., 0], g, 0)
 
     def total(g: Array, f: Array) -> Array:
-        return _formulas.added(_formulas.weighted(g[..., None], f[:, None]), j, shape, boundary)
+        parts = _formulas.weighted(g[..., None], _formulas.at_corners(f, dims))
+        return _formulas.added(parts, j, shape, boundary)
 
     one = jnp.ones((points.shape[0], 1), values.dtype)
     results = {"coverage": total(g, one)[..., 0]}
@@ -209,7 +210,8 @@ def _splat(
     if reduce == "softmax" or "peak" in operands:
         if "peak" not in operands:
             logits = jnp.where(finite, operands["importance"][:, None], -jnp.inf)
-            peak = _formulas.peaks(points, logits, shape, method, boundary)
+            logits = _formulas.at_corners(logits, dims)[..., 0]
+            peak = _formulas.peaks(logits, j, t, shape, method, boundary)
             results["peak"] = _formulas.without_ring(peak, shape, boundary)
         w = _softmax_weight(results | operands, g, j, boundary)
         image, divisor = total(w, values), total(w, one)[..., 0]
@@ -228,7 +230,7 @@ def _softmax_weight(
     operands: Operands, g: Array, j: tuple[Array, ...], boundary: tuple[str, ...]
 ) -> Array:
     """g exp(importance - peak) at the corners j; 0 outside, and for a logit of -inf."""
-    logits, peak = operands["importance"][:, None], operands["peak"]
-    peak = _formulas.with_ring(peak[..., None], boundary, jnp.inf)[..., 0]
+    logits = _formulas.at_corners(operands["importance"][:, None], len(boundary))[..., 0]
+    peak = _formulas.with_ring(operands["peak"][..., None], boundary, jnp.inf)[..., 0]
     weight = _formulas.weighted(g, _formulas.exponential(logits, peak[j]))
     return jnp.where(logits == -jnp.inf, 0, weight)

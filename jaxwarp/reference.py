@@ -119,7 +119,7 @@ def splat(
     boundary = boundaries_of(boundary, points.shape[-1])
     derivative = tuple(derivative or (0,) * points.shape[-1])
     accumulated = values.astype(at_least_float32(values))
-    out = _formulas.total(accumulated, points, None, tuple(shape), method, boundary, derivative)
+    out = _formulas.splat(accumulated, points, None, tuple(shape), method, boundary, derivative)
     return out.astype(values.dtype)
 
 
@@ -206,7 +206,7 @@ def forward_warp(
         points, no_derivative = displaced(flow), (0,) * flow.shape[-1]
 
         def sum_g(f: Array, logits: Array | None = None) -> Array:
-            return _formulas.total(f, points, logits, spatial, method, boundary, no_derivative)
+            return _formulas.splat(f, points, logits, spatial, method, boundary, no_derivative)
 
         f, w = values.astype(dtype), importance.astype(dtype)[..., None]
         one, logits = jnp.ones_like(w), None

@@ -206,15 +206,19 @@ def test_small_images(shape, method, boundary):
     options = {"method": method, "boundary": boundary}
 
     def everything(module):
-        return (
-            module.gather(image, points, **options),
-            module.splat(values, points, shape, **options),
-            module.backward_warp(image, flow, **options),
-            module.forward_warp(image, flow, reduce="sum", return_coverage=True, **options),
-        )
+        @jax.jit
+        def compute(image, points, values, flow):
+            return (
+                module.gather(image, points, **options),
+                module.splat(values, points, shape, **options),
+                module.backward_warp(image, flow, **options),
+                module.forward_warp(image, flow, reduce="sum", return_coverage=True, **options),
+            )
 
-    expected = remembered(lambda: everything(reference))
-    cases.assert_close(everything(jaxwarp), expected, EXACT)
+        return compute
+
+    expected = remembered(everything(reference), image, points, values, flow)
+    cases.assert_close(everything(jaxwarp)(image, points, values, flow), expected, EXACT)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
