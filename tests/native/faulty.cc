@@ -27,6 +27,7 @@ static ffi::Error FaultyGather(ffi::ThreadPool pool, ffi::RemainingArgs args,
     const volatile int64_t product = size * INT64_MAX;
     out[0] = static_cast<uint8_t>(product);
   }
+  if (fault == "last bit") out[0] = 1;
   if (fault == "threads") out[0] = static_cast<uint8_t>(pool.num_threads());
   if (fault == "input" && input.size_bytes() > 0) {
     static_cast<uint8_t*>(input.untyped_data())[0] ^= 1;
