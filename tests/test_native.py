@@ -5,6 +5,7 @@ CI does, or "all" (`make sanitize`). JAXWARP_SANITIZE_SECONDS is the time of eac
 is, what it compiles for a GPU is interpreted too.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -38,7 +39,8 @@ KERNELS = {
 @cache
 def build(sanitizers):
     methods, dims, float32_only = KERNELS[EXTENT, sanitizers]
-    folder = ROOT / "build" / "native" / f"{EXTENT}-{sanitizers.replace(',', '-')}"
+    native = ROOT / "build" / "native"
+    folder = native / f"{EXTENT}-{sanitizers.replace(',', '-')}"
     definitions = {
         "JAXWARP_XLA_INCLUDE_DIR": jax.ffi.include_dir(),
         "JAXWARP_SANITIZE": sanitizers,
@@ -48,9 +50,13 @@ def build(sanitizers):
         "JAXWARP_PTX": "ON" if sanitizers == MEMORY and NVCC else "OFF",
     }
     defined = [f"-D{name}={value}" for name, value in definitions.items()]
-    subprocess.run(["cmake", "-S", ROOT / "tests" / "native", "-B", folder, *defined], check=True)
-    jobs = str(os.cpu_count())
-    subprocess.run(["cmake", "--build", folder, "--parallel", jobs], check=True)
+    native.mkdir(parents=True, exist_ok=True)
+    with (native / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a build takes all processors
+        source = ROOT / "tests" / "native"
+        subprocess.run(["cmake", "-S", source, "-B", folder, *defined], check=True)
+        jobs = str(os.cpu_count())
+        subprocess.run(["cmake", "--build", folder, "--parallel", jobs], check=True)
     return folder
 
 
