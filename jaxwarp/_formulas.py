@@ -51,6 +51,7 @@ PERIODS: dict[str, Callable[[int], ArrayLike]] = {
 # sampled() and shares() form a family that is closed under differentiation: d/dt_a of a member is
 # the member with derivative[a] raised by one. Said to JAX as a rule, and not left to the product
 # rule of g * I(j), a NaN pixel reaches exactly the derivatives whose weight at that pixel is not 0.
+# With the weights of "softmax" shares() stays in it: d/dl_i multiplies by 1.
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -75,38 +76,55 @@ def sampled_jvp(
     return sampled(pixels, t, method, derivative), out_dot
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def shares(
-    values: Array, w: Array | None, t: Array, method: str, derivative: tuple[int, ...]
+    values: Array,
+    logits: Array | None,
+    peak: Array | None,
+    t: Array,
+    method: str,
+    derivative: tuple[int, ...],
 ) -> Array:
-    """w_ij g(p_i, j) f_i of (5), from values (*S, C) and w (*S, *box): (*S, *box, C)."""
-    g = weights(t, method, derivative).astype(values.dtype)
-    if w is not None:
-        g = weighted(g, w)
-    return weighted(g[..., None], at_corners(values, len(derivative)))
+    """w_ij g(p_i, j) f_i of (5), for each corner: (*S, *box, C).
+
+    w is 1 or, with logits (*S, 1) and their peaks at the corners (*S, *box), that of "softmax".
+    """
+    w = splat_weights(logits, peak, t, method, derivative, values.dtype)
+    return weighted(w[..., None], at_corners(values, len(derivative)))
 
 
 @shares.defjvp
 def shares_jvp(
     method: str,
     derivative: tuple[int, ...],
-    primals: tuple[Array, Array | None, Array],
-    tangents: tuple[Array, Array | None, Array],
+    primals: tuple[Array, Array | None, Array | None, Array],
+    tangents: tuple[Array, Array | None, Array | None, Array],
 ) -> tuple[Array, Array]:
-    (values, w, t), (d_values, d_w, d_t) = primals, tangents
+    (values, logits, peak, t), (d_values, d_logits, _, d_t) = primals, tangents
     dims = len(derivative)
-
-    def weight(order: tuple[int, ...], w: Array | None) -> Array:
-        g = weights(t, method, order).astype(values.dtype)
-        return (g if w is None else weighted(g, w))[..., None]
-
-    out_dot = weight(derivative, w) * at_corners(d_values, dims)
-    if d_w is not None:
-        out_dot += weight(derivative, d_w) * at_corners(values, dims)
+    out = shares(values, logits, peak, t, method, derivative)
+    w = splat_weights(logits, peak, t, method, derivative, values.dtype)
+    out_dot = w[..., None] * at_corners(d_values, dims)
+    if d_logits is not None:
+        out_dot += out * at_corners(d_logits, dims)
     for d_along, raised in zip(along_axes(d_t), raised_orders(derivative), strict=True):
-        moved = values * d_along[..., None].astype(values.dtype)
-        out_dot += weight(raised, w) * at_corners(moved, dims)
-    return shares(values, w, t, method, derivative), out_dot
+        slope = shares(values, logits, peak, t, method, raised)
+        out_dot += slope * at_corners(d_along[..., None].astype(values.dtype), dims)
+    return out, out_dot
+
+
+def splat_weights(
+    logits: Array | None,
+    peak: Array | None,
+    t: Array,
+    method: str,
+    derivative: tuple[int, ...],
+    dtype: DTypeLike,
+) -> Array:
+    g = weights(t, method, derivative).astype(dtype)
+    if logits is None or peak is None:
+        return g
+    return weighted(g, exponential(at_corners(logits, len(derivative))[..., 0], peak))
 
 
 @jax.custom_jvp
@@ -172,12 +190,11 @@ def splat(
     if logits is not None:
         kept &= logits != -jnp.inf
     j, t = corners(jnp.where(kept, points, 0), shape, method, boundary)
-    w = None
+    peak = None
     if logits is not None:
         logits = jnp.where(kept, logits, -jnp.inf).astype(values.dtype)
-        logits = at_corners(logits, len(shape))[..., 0]
-        w = exponential(logits, peaks(logits, j, t, shape, method, boundary)[j])
-    parts = shares(jnp.where(kept, values, 0), w, t, method, derivative)
+        peak = peaks(logits, j, t, shape, method, boundary)[j]
+    parts = shares(jnp.where(kept, values, 0), logits, peak, t, method, derivative)
     return added(parts, j, shape, boundary)
 
 
@@ -200,9 +217,9 @@ def peaks(
 ) -> Array:
     """m_j of "softmax", in the padded image; -inf where no source has a weight.
 
-    From logits of the shape (*S, *box). Constants, since the result of (5) does not depend on them.
+    Constants, since the result of (5) does not depend on them.
     """
-    logits, t = jax.lax.stop_gradient((logits, t))
+    logits, t = jax.lax.stop_gradient((at_corners(logits, len(shape))[..., 0], t))
     g = weights(t, method, (0,) * len(shape)).astype(logits.dtype)
     counts = (g > 0) & ~jnp.isnan(logits)
     sizes = [n + sum(ring) for n, ring in zip(shape, ring_of(boundary), strict=True)]

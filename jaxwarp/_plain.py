@@ -210,7 +210,6 @@ def _splat(
     if reduce == "softmax" or "peak" in operands:
         if "peak" not in operands:
             logits = jnp.where(finite, operands["importance"][:, None], -jnp.inf)
-            logits = _formulas.at_corners(logits, dims)[..., 0]
             peak = _formulas.peaks(logits, j, t, shape, method, boundary)
             results["peak"] = _formulas.without_ring(peak, shape, boundary)
         w = _softmax_weight(results | operands, g, j, boundary)

@@ -216,6 +216,24 @@ def test_second_order_forward_over_reverse(dims, method, boundary):
         cases.assert_close(pushed(pulled(jaxwarp), every, some), expected, 1e-11)
 
 
+@pytest.mark.parametrize("case", [c for c in cases.FEW if "values" in c.arguments], ids=str)
+def test_second_order_on_grid_lines(case):
+    """Where a weight is 0 and its derivative is not, in every order of the operands."""
+    arrays = case.inputs("integer", seed=1)
+    d = tangents(arrays)
+
+    def gradient(module):
+        function = case.function(module)
+
+        def loss(*arrays):
+            return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(function(*arrays)))
+
+        return jax.grad(loss, tuple(range(len(arrays))))
+
+    expected = remembered(pushing(gradient(reference)), arrays, d)
+    cases.assert_close(pushed(gradient(jaxwarp), arrays, d), expected, 1e-10)
+
+
 @pytest.mark.parametrize("case", cases.FEW, ids=str)
 def test_second_order_reverse_over_reverse(case):
     """The transposed adjoints, with cotangents of each result alone and of all."""
