@@ -56,13 +56,13 @@ FFI_INCLUDE = $(call ffi_include,$(BIN)/python)
 # What depends on the version of Python and jax: 3.11 has the newest jax that there is for it, the
 # first of these the oldest that is supported, the others the newest. One wheel serves them all
 # (stable ABI). Of the transformations, operations are left out whose rules are those of others or
-# are tried by the sharding; and shapes and dtypes that the handlers alone judge.
+# are tried by the sharding; and shapes and dtypes, which the handlers alone judge.
 LATER_PYTHONS ?= 3.12 3.13
 OLDEST_JAX := 0.10.0
 VERSION_TESTS = $(patsubst %,tests/test_%.py,ahead_of_time api ffi halo hlo platforms sharding \
   transforms) -k "not (test_transforms and (3d or backward_warp or forward_warp-2d-sum or importance)) \
   and not (test_platforms and (3d or third or float32 or bfloat16 or transformations_without)) \
-  and not (test_ffi and wrong)"
+  and not (test_ffi and (wrong_shapes or wrong_dtypes))"
 
 # In a recipe: an environment in $$built/env for the Python $(1), with what an isolated build has
 # and the packages $(2).
@@ -201,7 +201,7 @@ test-plain: $(VENV)/.test ## Run the tests of values and derivatives without ker
 
 sanitize: $(VENV)/.test ## Run the kernels under sanitizers on random calls; in CI, some kernels
 	JAXWARP_SANITIZE=$(if $(CI),few,all) PATH="$(BIN):$$PATH" PYTHONSAFEPATH=1 \
-	  $(BIN)/pytest -n auto --maxprocesses=4 tests/test_native.py $(PYTEST_ARGS)
+	  $(BIN)/pytest -n $(if $(CI),auto --maxprocesses=4,0) tests/test_native.py $(PYTEST_ARGS)
 
 # What libFuzzer has drawn stays in build/native/fuzz/corpus; FUZZ_ARGS are its options. Then
 # FUZZ_EXAMPLES new calls of the public functions are compared with the reference.
@@ -235,6 +235,8 @@ AARCH64_CALLS ?= 4000
 AARCH64_SANITIZED_CALLS ?= 1000
 
 test-aarch64: ## Run the kernels for aarch64 in QEMU: results as on x86-64, sanitizers
+	@test "$$(uname -m)" = x86_64 || { echo "test-aarch64: expected a machine with x86-64, whose" \
+	  "results are those to compare with; got $$(uname -m)"; exit 1; }
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { echo \
 	  "test-aarch64: expected $$tool, found none; on Debian: apt-get install" \
 	  "g++-aarch64-linux-gnu qemu-user"; exit 1; }; done

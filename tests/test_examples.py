@@ -318,7 +318,7 @@ def test_readme():
     for e, f in zip((expected, *pullback(ct)), (found, *pullback_plain(ct)), strict=True):
         np.testing.assert_allclose(f, e, rtol=1e-5, atol=1e-5)  # float32 rounding of O(1) numbers
 
-    for target in re.findall(r"^make ([a-z-]+)", readme, re.MULTILINE):
+    for target in re.findall(r"^make ([a-z0-9-]+)", readme, re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / link).exists(), link

@@ -151,7 +151,7 @@ def test_faults_between_machines(tmp_path):
     assert drive(MEMORY, **calls, write=file)[0] == 0
     status, output = drive(MEMORY, **calls, expect=file)
     assert status == 0
-    assert re.search(r"another machine: [1-9]\d* with the same bits, [1-9]\d* within", output)
+    assert re.search(r"another machine: [1-9]\d* with the same bits, [1-9]\d* close", output)
     status, output = drive(MEMORY, **calls, fault="last bit", expect=file)
     assert status != 0
     assert "differs: another machine" in output
@@ -159,13 +159,20 @@ def test_faults_between_machines(tmp_path):
     for changed, report in [
         (change(there, 1000), "of 0xfa as a float: 0x377a0000, expected 0x377a0040"),
         (change(there, 300_001), "as a half: "),
-        (change(there, -1), "differs: another machine"),  # of a call with exp
+        (change(there, -1), "differs: another machine"),
         (there[:-1], "expected a file with the results of these calls"),
     ]:
         file.write_bytes(changed)
         status, output = drive(MEMORY, **calls, expect=file)
         assert status != 0
         assert report in output
+    assert drive(MEMORY, **calls, write=file, expect=file)[0] != 0
+
+
+def test_no_case_is_a_failure():
+    status, output = drive(MEMORY, cpu="faulty", calls=0)
+    assert status != 0
+    assert "expected cases, got none" in output
 
 
 def change(data, place):
