@@ -51,7 +51,7 @@ PERIODS: dict[str, Callable[[int], ArrayLike]] = {
 # sampled() and shares() form a family that is closed under differentiation: d/dt_a of a member is
 # the member with derivative[a] raised by one. Said to JAX as a rule, and not left to the product
 # rule of g * I(j), a NaN pixel reaches exactly the derivatives whose weight at that pixel is not 0.
-# With the weights of "softmax" shares() stays in it: d/dl_i multiplies by 1.
+# With the weights of "softmax" shares() stays in it: d/dl_i multiplies f_i.
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -101,16 +101,17 @@ def shares_jvp(
     tangents: tuple[Array, Array | None, Array | None, Array],
 ) -> tuple[Array, Array]:
     (values, logits, peak, t), (d_values, d_logits, _, d_t) = primals, tangents
-    dims = len(derivative)
-    out = shares(values, logits, peak, t, method, derivative)
-    w = splat_weights(logits, peak, t, method, derivative, values.dtype)
-    out_dot = w[..., None] * at_corners(d_values, dims)
+
+    def moved(values: Array, order: tuple[int, ...]) -> Array:
+        w = splat_weights(logits, peak, t, method, order, values.dtype)
+        return w[..., None] * at_corners(values, len(order))
+
     if d_logits is not None:
-        out_dot += out * at_corners(d_logits, dims)
+        d_values += values * d_logits
+    out_dot = moved(d_values, derivative)
     for d_along, raised in zip(along_axes(d_t), raised_orders(derivative), strict=True):
-        slope = shares(values, logits, peak, t, method, raised)
-        out_dot += slope * at_corners(d_along[..., None].astype(values.dtype), dims)
-    return out, out_dot
+        out_dot += moved(values * d_along[..., None].astype(values.dtype), raised)
+    return shares(values, logits, peak, t, method, derivative), out_dot
 
 
 def splat_weights(
