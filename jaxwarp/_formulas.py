@@ -89,7 +89,7 @@ def shares(
 
     w is 1 or, with logits (*S, 1) and their peaks at the corners (*S, *box), that of "softmax".
     """
-    w = splat_weights(logits, peak, t, method, derivative, values.dtype)
+    w = splat_weights(weights(t, method, derivative).astype(values.dtype), logits, peak)
     return weighted(w[..., None], at_corners(values, len(derivative)))
 
 
@@ -102,8 +102,10 @@ def shares_jvp(
 ) -> tuple[Array, Array]:
     (values, logits, peak, t), (d_values, d_logits, _, d_t) = primals, tangents
 
+    # An infinite value is a factor of every corner: its cotangent's slopes are added up before it
+    # comes in, as in the kernels.
     def moved(values: Array, order: tuple[int, ...]) -> Array:
-        w = splat_weights(logits, peak, t, method, order, values.dtype)
+        w = splat_weights(weights(t, method, order).astype(values.dtype), logits, peak)
         return w[..., None] * at_corners(values, len(order))
 
     if d_logits is not None:
@@ -114,18 +116,12 @@ def shares_jvp(
     return shares(values, logits, peak, t, method, derivative), out_dot
 
 
-def splat_weights(
-    logits: Array | None,
-    peak: Array | None,
-    t: Array,
-    method: str,
-    derivative: tuple[int, ...],
-    dtype: DTypeLike,
-) -> Array:
-    g = weights(t, method, derivative).astype(dtype)
+def splat_weights(g: Array, logits: Array | None, peak: Array | None) -> Array:
+    """w_ij g(p_i, j) of (5), for logits and peak see `shares`."""
     if logits is None or peak is None:
         return g
-    return weighted(g, exponential(at_corners(logits, len(derivative))[..., 0], peak))
+    dims = g.ndim - logits.ndim + 1
+    return weighted(g, exponential(at_corners(logits, dims)[..., 0], peak))
 
 
 @jax.custom_jvp

@@ -229,7 +229,7 @@ def _softmax_weight(
     operands: Operands, g: Array, j: tuple[Array, ...], boundary: tuple[str, ...]
 ) -> Array:
     """g exp(importance - peak) at the corners j; 0 outside, and for a logit of -inf."""
-    logits = _formulas.at_corners(operands["importance"][:, None], len(boundary))[..., 0]
+    logits = operands["importance"][:, None]
     peak = _formulas.with_ring(operands["peak"][..., None], boundary, jnp.inf)[..., 0]
-    weight = _formulas.weighted(g, _formulas.exponential(logits, peak[j]))
-    return jnp.where(logits == -jnp.inf, 0, weight)
+    weight = _formulas.splat_weights(g, logits, peak[j])
+    return jnp.where(_formulas.at_corners(logits, len(boundary))[..., 0] == -jnp.inf, 0, weight)

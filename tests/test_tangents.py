@@ -223,12 +223,7 @@ def test_second_order_on_grid_lines(case):
     d = tangents(arrays)
 
     def gradient(module):
-        function = case.function(module)
-
-        def loss(*arrays):
-            return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(function(*arrays)))
-
-        return jax.grad(loss, tuple(range(len(arrays))))
+        return jax.grad(cases.scalar(case.function(module)), tuple(range(len(arrays))))
 
     expected = remembered(pushing(gradient(reference)), arrays, d)
     cases.assert_close(pushed(gradient(jaxwarp), arrays, d), expected, 1e-10)
@@ -241,13 +236,11 @@ def test_second_order_reverse_over_reverse(case):
     arrays = (arrays[0], arrays[1] + 1 / 128, *arrays[2:])  # off the kinks
 
     def second(module, of, wanted):
-        function = case.function(module)
-
         def loss(*some):
             every = list(arrays)
             for i, a in zip(of, some, strict=True):
                 every[i] = a
-            return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(function(*every)))
+            return cases.scalar(case.function(module))(*every)
 
         def of_gradient(*some):
             found = jax.grad(loss, tuple(range(len(of))))(*some)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import scalar
 from remembered import remembered
 
 import jaxwarp
@@ -98,11 +99,6 @@ class Arrays(NamedTuple):
             (0, 0): self.batches,
         }
         return tuple(operands[o, n][i] for i, (o, n) in enumerate(zip(axes, inner, strict=True)))
-
-
-def scalar(f):
-    """A loss with derivatives of every order."""
-    return lambda *x: sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(f(*x)))
 
 
 def gradient(f, count):
